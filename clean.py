@@ -432,9 +432,10 @@ def draw_picture(things, place, scene, style, s, rng, font):
     return apply_style(image, style)
 
 
-def draw_demo(folder, rows=5600, seed=0):
+def draw_demo(folder, rows=5600, dirt=800, seed=0):
     """A small world of pictures with prompts, drawn into folder/, with known dirt among them: prompts.csv has image, prompt and `dirt`,
-    the rule that must remove the row (empty: it must survive; "(...)": dirt that must survive). Reproducible to the byte from the seed."""
+    the rule that must remove the row (empty: it must survive; "(...)": dirt that must survive). Reproducible to the byte from the seed.
+    `dirt` more rows: 5 in 16 exact duplicates, 5 in 16 near-duplicates, the rest of every other kind."""
     from matplotlib import get_data_path
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 20)
     nouns = [entry.split(" ", 1) for entry in NOUNS.replace("\n", "|").split("|")]
@@ -476,13 +477,13 @@ def draw_demo(folder, rows=5600, seed=0):
             add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
         else:
             add(prompt, "", image)
-    originals = [(row[1], Image.open(folder / row[0]).convert("RGB")) for row in rng.sample([r for r in table if not r[2]], 500)]
-    for i, (prompt, image) in enumerate(originals[:250]):
+    originals = [(row[1], Image.open(folder / row[0]).convert("RGB")) for row in rng.sample([r for r in table if not r[2]], dirt * 5 // 8)]
+    for i, (prompt, image) in enumerate(originals[:len(originals) // 2]):
         add([prompt.upper(), f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!", prompt.title()][i % 4], "exact duplicate", image)
-    for i, (prompt, image) in enumerate(originals[250:]):
+    for i, (prompt, image) in enumerate(originals[len(originals) // 2:]):
         reworded = [f"a picture of {prompt}", f"{prompt}, high quality", prompt.replace(" and ", " with ") + " image"][i % 3]
         add(reworded, "near-duplicate", image)
-    for i in range(300):
+    for i in range(dirt * 3 // 8):
         prompt, image = invent()
         kind = i % 10
         if kind == 0:
