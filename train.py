@@ -42,13 +42,39 @@ def build_tower(spec):
     """The architecture that a spec describes, random weights. spec: {"model", "kwargs", "image_size", ...} and for open_clip "config".
     -> module, images (B, 3, S, S) -> features (B, D)."""
     if spec["model"].startswith("timm:"):
-        import timm
-        return timm.create_model(spec["model"][5:], pretrained=False, num_classes=0, **spec["kwargs"])
+        return timm_tower(spec["model"][5:], spec["image_size"], spec["kwargs"])
     from open_clip.model import _build_vision_tower  # the visual half alone: no text tower in memory
     tower = _build_vision_tower(spec["config"]["embed_dim"], {**spec["config"]["vision_cfg"], "image_size": spec["image_size"]}, spec["quick_gelu"])
     if getattr(tower, "proj", None) is not None:
         tower.proj = None  # pooled features before the contrastive projection: 1024 for L/14, as in the public recipe
     return tower
+
+
+def timm_tower(name, size, kwargs, pretrained=False):
+    """A timm backbone for images of `size` pixels, without its classifier; convnets and the like take any size and know no such argument."""
+    import timm
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **{"img_size": size, **kwargs} if size else kwargs)
+    except TypeError:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+
+
+def resize_positions(state, module):
+    """Fit the position embeddings in `state` to a module built for another image size: bicubic over the patch grid, class and
+    register tokens kept (open_clip "positional_embedding" (T, D), timm "pos_embed" (1, T, D); square grids). -> state, changed."""
+    for key, new in module.state_dict().items():
+        old = state.get(key)
+        if not key.endswith(("positional_embedding", "pos_embed")) or old is None or old.shape[:-2] != new.shape[:-2] or old.shape == new.shape:
+            continue
+        sizes = old.shape[-2], new.shape[-2]
+        prefix = next((p for p in range(16) if all(n > p and math.isqrt(n - p) ** 2 == n - p for n in sizes)), None)
+        if prefix is None:
+            continue  # no square grid: load_strict names it
+        a, b = (math.isqrt(n - prefix) for n in sizes)
+        grid = old[..., prefix:, :].reshape(1, a, a, -1).permute(0, 3, 1, 2).float()
+        grid = F.interpolate(grid, (b, b), mode="bicubic", antialias=True, align_corners=False).permute(0, 2, 3, 1)
+        state[key] = torch.cat([old[..., :prefix, :], grid.reshape(*old.shape[:-2], b * b, -1).to(old.dtype)], -2)
+    return state
 
 
 def make_tower(args):
@@ -58,17 +84,15 @@ def make_tower(args):
     if args.model.startswith("timm:"):
         import timm
         try:
-            tower = timm.create_model(args.model[5:], pretrained=False, num_classes=0, **spec["kwargs"])
+            tower = timm_tower(args.model[5:], args.image_size, spec["kwargs"])
         except (RuntimeError, TypeError) as e:
             sys.exit(f"--model {args.model} {' '.join(args.model_kwargs)}: {str(e).splitlines()[0]}; names: timm.list_models()")
         norm = timm.data.resolve_model_data_config(tower)
         size = args.image_size or norm["input_size"][-1]
-        if args.image_size and "img_size" in getattr(tower, "pretrained_cfg", {}).get("architecture", ""):
-            spec["kwargs"]["img_size"] = size
         spec |= {"mean": norm["mean"], "std": norm["std"], "interpolation": norm["interpolation"]}
         if not file and args.pretrained not in ("none", ""):
             try:
-                tower = timm.create_model(f"{args.model[5:]}.{args.pretrained}", pretrained=True, num_classes=0, **spec["kwargs"])
+                tower = timm_tower(f"{args.model[5:]}.{args.pretrained}", args.image_size, spec["kwargs"], pretrained=True)
             except Exception as e:
                 sys.exit(f"--pretrained {args.pretrained}: neither a file nor a tag of {args.model} that can be loaded ({str(e).splitlines()[0]})")
     else:
@@ -103,7 +127,7 @@ def make_tower(args):
         state = read_weights(file)
         if any(k.startswith("visual.") for k in state):  # a whole CLIP: take the visual half
             state = {k[7:]: v for k, v in state.items() if k.startswith("visual.")}
-        load_strict(tower, state, file, optional=("proj", "classifier.", "fc.", "head."))
+        load_strict(tower, resize_positions(state, tower), file, optional=("proj", "classifier.", "fc.", "head."))
     return tower, spec
 
 
@@ -189,8 +213,9 @@ def find_checkpoint(path):
     sys.exit(f"{path}: no checkpoint there (best.safetensors); train one with: python train.py --phase lp")
 
 
-def load_net(path):
-    """A checkpoint that save_net wrote -> (Net in eval mode, meta). No flags: it describes itself."""
+def load_net(path, image_size=None):
+    """A checkpoint that save_net wrote -> (Net in eval mode, meta). No flags: it describes itself. image_size: pixels other than those it was
+    trained at; position embeddings are resized, and meta["tower"]["image_size"] says so. Exits with one line on what is no such checkpoint."""
     path = find_checkpoint(path)
     try:
         with safe_open(path, "pt") as f:
@@ -200,8 +225,9 @@ def load_net(path):
         sys.exit(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]}); train it again")
     if meta.get("format") != FORMAT:
         sys.exit(f"{path}: not a checkpoint of train.py (format {meta.get('format')}, expected {FORMAT})")
+    meta["tower"]["image_size"] = image_size or meta["tower"]["image_size"]
     net = Net(build_tower(meta["tower"]), meta["tower"], **meta["head"])
-    load_strict(net, state, path)
+    load_strict(net, resize_positions(state, net), path)
     return net.eval(), meta
 
 
