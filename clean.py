@@ -23,6 +23,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import sys
 import tarfile
 import warnings
@@ -403,11 +404,11 @@ def repair(prompts):
     return prompts.scatter(odd, fixed).str.replace_all(r"[\p{C}\s]+", " ").str.strip_chars().rename("prompt")
 
 
-def clip_tokens(prompts):
+def clip_tokens(prompts, limit=77):
     """How many of CLIP's tokens each prompt takes, both ends included. Exact: CLIP splits words by a regex and pairs bytes within a word only, so
-    each distinct word is counted once; and a prompt of b bytes has at most b + 2, so short ones are not counted (their b + 2 is returned)."""
+    each distinct word is counted once; but a prompt of b bytes has at most b + 2, so where that is within the limit it is returned uncounted."""
     counts = prompts.str.len_bytes().cast(pl.Int64) + 2
-    long = (counts > 77).fill_null(False).arg_true()
+    long = (counts > limit).fill_null(False).arg_true()
     if not len(long):
         return counts
     from open_clip.tokenizer import SimpleTokenizer
@@ -432,7 +433,7 @@ def text_rules(args):
         ("blank", pl.col("prompt").is_null() | pl.col("prompt").str.to_lowercase().is_in(["", "nan", "null", "none", "n/a"])),
         ("too short", words < args.min_words),
         ("too long", words > args.max_words),
-        ("too many tokens", lambda table: clip_tokens(table["prompt"]) > args.max_tokens),
+        ("too many tokens", lambda table: clip_tokens(table["prompt"], args.max_tokens) > args.max_tokens),
         ("characters", (marks.str.count_matches(good) < 0.9 * marks.str.len_chars()) | ~pl.col("prompt").str.contains(r"\p{L}")),
         ("width or height", ((small < args.min_side) | (large > args.max_side)).fill_null(False)),
         ("nsfw", ((pl.col("image_nsfw") >= 2) | (pl.col("image_nsfw") > args.max_nsfw)).fill_null(False)
@@ -584,8 +585,8 @@ def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None
                      + (" or clean prompts alone with --text-only" if what == "image" else ""))
         columns[what] = pl.col(found).cast(pl.String, strict=False) if found else pl.lit(None, pl.String)
     table = as_rows(table, source or Path(str(path)).stem, **columns)
-    archive, inside, _ = str(path).partition("::")  # images lie beside the table, wherever it lies
-    root = f"{archive}::" if inside else f"{path.resolve().parent if isinstance(path, Path) else Path(path).resolve().parent}/"
+    inside = str(path).partition("::")[2]  # images lie beside the table, wherever it lies
+    root = str(path)[:-len(Path(inside).name)] if inside else f"{Path(path).resolve().parent}/"
     absolute = pl.col("image").str.starts_with("/") & (not inside)
     image = pl.col("image").str.replace_all("\0", "", literal=True)
     return table.with_columns(image=pl.when(absolute).then(image).otherwise(pl.lit(root) + image))
@@ -705,7 +706,8 @@ def read_source(path, source, args):
 
 def absent(images):
     """Series of paths and locators -> mask of those that are not there, by listing each folder and archive once."""
-    container = images.str.extract(r"^(.*::|.*/)").to_frame("c").with_columns(name=images.str.replace(r"^(.*::|.*/)", ""), row=pl.int_range(len(images)))
+    place = pl.coalesce(pl.col("p").str.extract(r"(?i)^(.*?\.(?:zip|tar|tar\.gz|tgz)::)"), pl.col("p").str.extract(r"^(.*/)"))
+    container = pl.DataFrame({"p": images}).with_row_index("row").with_columns(c=place).with_columns(name=pl.col("p").str.strip_prefix(pl.col("c")))
     gone = np.zeros(len(images), bool)
     for (where,), part in container.group_by("c"):
         try:
@@ -883,62 +885,55 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
     from matplotlib import get_data_path
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 20)
     nouns = [entry.split(" ", 1) for entry in NOUNS.replace("\n", "|").split("|")]
-    rng, seen, table = random.Random(seed), set(), []
-    (folder / "images").mkdir(parents=True)
+    rng, table = random.Random(seed), []
 
-    def add(prompt, dirt="", image=None, suffix=".png", **kwargs):
-        name = f"images/{len(table):05d}{suffix}"
-        if image is not None:
-            image.save(folder / name, **kwargs)
-        table.append((name, prompt, dirt))
-        return folder / name
-
-    def invent():  # a new picture and its prompt; no two share their main things, or a thing in the same scene and style: few natural near-duplicates
-        while True:
-            picks = rng.sample(range(len(nouns)), rng.choice([2, 2, 3]))
-            scene, style, place = rng.choice(SCENES), rng.choice(STYLES), rng.choice(list(PLACES))
-            marks = {frozenset(picks[:2])} | {(a, scene, style) for a in picks}
-            if not marks & seen:
-                break
-        seen.update(marks)
-        things = [(nouns[i][0], rng.choice(COLOURS), rng.choice(list(SIZES))) for i in picks]
-        words = [f"{'an' if size[0] in 'aeiou' else 'a'} {size} {colour} {nouns[i][1]}" for i, (_, colour, size) in zip(picks, things)]
+    def invent():
+        picks, place, scene, style = rng.sample(nouns, rng.choice([2, 2, 3])), rng.choice(list(PLACES)), rng.choice(SCENES), rng.choice(STYLES)
+        things = [(glyph, rng.choice(COLOURS), rng.choice(list(SIZES))) for glyph, _ in picks]
+        words = [f"a {size} {colour} {noun}" for (_, noun), (_, colour, size) in zip(picks, things)]
         what = f"{words[0]} {place} {words[1]}" + (f" and {words[2]}" if len(words) > 2 else "")
         form = rng.choice(["{o}, {b}, {s}", "{s} of {o} with {b}", "{b} and {o}, {s}", "{o} in front of {b}, {s}"])
-        s = rng.randrange(64, 97)
-        return form.format(o=what, b=scene, s=style), draw_picture(things, place, scene, style, s, rng, font)
+        return form.format(o=what, b=scene, s=style), things, place, scene, style
 
-    for i in tqdm(range(rows), desc="drawing", unit="picture"):
-        prompt, image = invent()
-        form = i % 40  # one picture in ten lies about its extension or is not plain RGB, and must survive
-        if form == 0:
-            add(prompt, "(rgba)", image.convert("RGBA"))
-        elif form == 10:
-            add(prompt, "(palette)", image.quantize(64))
-        elif form == 20:
-            add(prompt, "(grey)", image.convert("L"))
-        elif form == 30:
-            add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
-        else:
-            add(prompt, "", image)
+    # invent some more than are needed and leave out what the encoder finds alike, with a margin: by default exactly the planted dirt goes
+    need = rows + dirt * 3 // 8
+    world = [invent() for _ in range(need * 9 // 8 + 20)]
+    leader, _ = keep_one(encode_cached([w[0] for w in world], cache=folder.parent / ".cache"), 0.83)
+    world = iter([w for i, w in enumerate(world) if leader[i] == i][:need])
+
+    def picture():
+        try:
+            prompt, *what = next(world)
+        except StopIteration:
+            sys.exit(f"the demo has no {need:,} pictures with different prompts; ask for fewer")
+        return prompt, draw_picture(*what, rng.randrange(64, 97), rng, font)
+
+    def add(prompt, dirt="", image=None, suffix=".png", **kwargs):
+        path = folder / f"images/{len(table):05d}{suffix}"
+        table.append((f"images/{path.name}", prompt, dirt))
+        if image is not None:
+            image.save(path, **kwargs)
+        return path
+
+    (folder / "images").mkdir(parents=True)
+    for i in tqdm(range(rows), desc="drawing", unit="picture", disable=rows < 1000):
+        prompt, image = picture()  # one picture in ten lies about its extension or is not plain RGB, and must survive
+        kind, lie = {0: ("(rgba)", image.convert("RGBA")), 10: ("(palette)", image.quantize(64)), 20: ("(grey)", image.convert("L"))}.get(i % 40, ("", image))
+        add(prompt, kind, lie) if i % 40 != 30 else add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
     originals = [(row[1], Image.open(folder / row[0]).convert("RGB")) for row in rng.sample([r for r in table if not r[2]], dirt * 5 // 8)]
-    for i, (prompt, image) in enumerate(originals[:len(originals) // 2]):
-        add([prompt.upper(), f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!", prompt.title()][i % 4], "exact duplicate", image)
-    for i, (prompt, image) in enumerate(originals[len(originals) // 2:]):
-        reworded = [f"a picture of {prompt}", f"{prompt}, high quality", prompt.replace(" and ", " with ") + " image"][i % 3]
-        add(reworded, "near-duplicate", image)
+    for i, (prompt, image) in enumerate(originals):
+        if i % 2:
+            add([prompt.upper(), f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!", prompt.title()][i // 2 % 4], "exact duplicate", image)
+        else:
+            add([f"a picture of {prompt}", f"{prompt}, high quality", prompt.replace(" and ", " with ") + " image"][i // 2 % 3], "near-duplicate", image)
+    foreign = "一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна", "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼"
+    bomb = struct.pack("<2sIIIIIIHH24x", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24)  # a header that claims 60000 x 60000 pixels
     for i in range(dirt * 3 // 8):
-        prompt, image = invent()
-        kind = i % 10
-        if kind == 0:
-            add(" ".join(prompt.split()[:3]), "too short", image)
-        elif kind == 1:
-            add(", ".join([prompt] * 8), "too long", image)
-        elif kind in (2, 3):
-            add(["", "   ", "NaN", "null", "nan"][i // 10 % 5], "blank", image)
-        elif kind == 4:
-            add(["一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна", "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼"][i // 10 % 4],
-                "characters", image)
+        prompt, image = picture()
+        kind, n = i % 12, i // 12
+        if kind < 5:
+            add([" ".join(prompt.split()[:3]), ", ".join([prompt] * 8), f"{prompt}, seed {'0123456789' * 8}", ["", "   ", "NaN", "null", "nan"][n % 5], foreign[n % 4]][kind],
+                ["too short", "too long", "too many tokens", "blank", "characters"][kind], image)
         elif kind == 5:
             path = add(prompt, "image unreadable", image)
             path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])  # truncated
@@ -946,9 +941,10 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
             add(prompt, "image unreadable").write_text("<html>404 not found</html>")  # no image at all
         elif kind == 7:
             add(prompt, "image missing")
-        elif kind == 8:  # a header that claims 60000 x 60000 pixels
-            add(prompt, "image too large").write_bytes(b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
-                                                       + (60000).to_bytes(4, "little") * 2 + (1).to_bytes(2, "little") + (24).to_bytes(2, "little") + bytes(24))
+        elif kind == 8:
+            add(prompt, "image too large").write_bytes(bomb)
+        elif kind == 9:
+            add(prompt, "image blank", Image.new("RGB", image.size, COLOURS[n % 12]))
         else:
             add(prompt, "(wrong extension)", image, ".webp", format="JPEG", quality=95)
     with atomic(folder / "prompts.csv") as f:
@@ -1056,13 +1052,15 @@ def check_args(args):
 
 
 def alone(path):
-    """Lock a file for as long as this process lives, however it ends; a second process gets one line."""
+    """Lock a file until the returned handle goes, with the process at the latest, however it ends; a second process gets one line."""
     import fcntl
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "w")
     try:
-        fcntl.flock(os.open(path, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)  # never closed: the lock ends with the process
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"{path}: another clean.py is writing this folder; wait for it, or choose another --out")
+    return lock
 
 
 def report_thresholds(x, prompts, threshold):
@@ -1112,7 +1110,7 @@ def main():
     say = print if rank == 0 else lambda *_: None
     if rank == 0:
         check_args(args)
-        alone(cache / f"{out.name}.lock")
+        lock = alone(cache / f"{out.name}.lock")  # noqa: F841, held until main returns
     if world > 1:  # every rank reads the table and applies the text rules, all encode, then rank 0 goes on alone
         import torch.distributed as dist
         dist.init_process_group("gloo")
