@@ -1,11 +1,12 @@
 """
-Average the predictions of several models with learned weights.
-Reads preds/*.npz (predict.py); writes one npz of the same form and, if asked, a Kaggle submission.
+Average the predictions of several models with weights learned where the truth is known, and say whether learning them pays.
+Reads preds/*.npz (predict.py) or Kaggle CSVs of other people's models; writes one npz of the same form, its weights as JSON, and a picture.
 $ python ensemble.py                                            # every npz in preds/ except an earlier ensemble
-$ python ensemble.py preds/a.npz preds/b.npz --out preds/ensemble.npz
-$ python ensemble.py test_a.npz test_b.npz --fit val_a.npz val_b.npz --submission submission.csv
+$ python ensemble.py test_a.npz other.csv --fit val/*.npz val/other.csv --submission submission.csv
+$ python ensemble.py --soup runs/seed0/ft runs/seed1/ft --out runs/soup      # average the weights of runs, not their predictions
 """
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -13,129 +14,381 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from clean import run
-from predict import read_preds, read_sample, write_preds, write_submission
+from clean import atomic, read_data, run
+from predict import Viewer, order_for, predict, read_preds, write_preds, write_submission
+from train import find_checkpoint, load_net, save_net
 
+BLOCK = 4096  # rows at a time: memory is the members and little else
+PER_DIM_ROWS = 10_000  # that a weight per model and dimension is learned on; 5th place gained 0.0002 by such weights
+
+
+# ---------------------------------------------------------------------------------------------------------- the members
+
+def load_members(names, intersect=False):
+    """Predictions joined by id, in the order of the first -> {"ids", "x" [M of unit rows (N, D)], "targets", "groups", "keys"}.
+    Different ids are an error that lists the first few; with `intersect`, the rows that all of them have are used."""
+    ids, truth, rows, x, keys = None, None, [], [], []
+    for name in names:  # one file at a time: the targets that each carries are not held
+        m = read_preds(name)
+        row = {i: n for n, i in enumerate(m["ids"].tolist())}
+        ids = ids or list(row)
+        a, b = set(ids), set(row)
+        if a != b and not intersect:
+            sys.exit(f"{name}: ids differ from those of {names[0]}: {len(a - b)} missing {sorted(a - b)[:3]}, {len(b - a)} extra {sorted(b - a)[:3]}; "
+                     "predict the same images, or go on with those in common: --intersect")
+        ids = [i for i in ids if i in b]
+        if not ids or (x and m["embeddings"].shape[1] != x[0].shape[1]):
+            sys.exit(f"{name}: has no id in common with those before it" if not ids
+                     else f"{name}: embeddings of width {m['embeddings'].shape[1]}, {names[0]} has {x[0].shape[1]}")
+        if m["targets"] is not None:
+            truth = truth or (row, unit(m["targets"]), m["groups"])
+            if (unit(m["targets"][[row[i] for i in ids]]) - truth[1][[truth[0][i] for i in ids]]).abs().max() > 1e-3:
+                sys.exit(f"{name}: its targets differ from those of a member before it; they must be of the same pairs and text encoder")
+        rows.append(row)
+        x.append(unit(m["embeddings"]))
+        keys.append(key_of(m))
+    for n, row in enumerate(rows):
+        x[n] = x[n][[row[i] for i in ids]]
+    order = truth and [truth[0][i] for i in ids]
+    return {"ids": ids, "x": x, "targets": truth and truth[1][order],
+            "groups": truth[2][order] if truth and truth[2] is not None else None, "keys": keys}
+
+
+def unit(x):
+    return F.normalize(torch.from_numpy(np.ascontiguousarray(x)).float(), dim=-1)
+
+
+def key_of(preds):
+    """What a prediction was made by: its weights (by hash where known, so a moved run folder is the same run) and its views."""
+    return preds["checkpoint"] or preds["run"], tuple(preds["views"])
+
+
+def match(keys, fit_keys, names, fit_names):
+    """The --fit file behind each member: the same run, and the same views where it has several. -> indices into fit_names."""
+    found = []
+    for key, name in zip(keys, names):
+        same = [i for i, k in enumerate(fit_keys) if k[0] == key[0]]
+        same = [i for i in same if fit_keys[i][1] == key[1]] or same
+        if len(same) != 1:
+            sys.exit(f"--fit: {len(same)} files with predictions of the run behind {name} ({key[0]}; views: {', '.join(key[1]) or 'unknown'}) among "
+                     f"{', '.join(fit_names)}; make exactly one with: python predict.py --run RUN")
+        found += same
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the weights
 
 class WeightedAverage(nn.Module):
-    """One weight per model, started at 1. (M, N, D) unit rows -> (N, D) unit rows."""
+    """One weight per model (or per model and dimension), started at 1. [M of unit rows (N, D)] -> unit rows (N, D)."""
 
-    def __init__(self, models):
+    def __init__(self, models, dims=1):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(models))
+        self.weight = nn.Parameter(torch.ones(models, dims))
 
     def forward(self, x):
-        return F.normalize((self.weight[:, None, None] * x).sum(0), dim=-1)
+        return F.normalize(sum(w * m for w, m in zip(self.weight, x)), dim=-1)
 
 
-def fit(x, y, steps=200):
-    """Weights that maximise the mean cosine. x (M, N, D), y (N, D) -> WeightedAverage. Deterministic: full batch, LBFGS."""
-    net = WeightedAverage(len(x))
-    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+def gram(x, y):
+    """All that the cosine of a weighted average depends on: a (N, M) members' cosines, g (N, M * M) inner products of the members, since
+    cos = w.a / sqrt(w' G w). A fit then costs N M^2 a step instead of N M D, and no embedding is read twice."""
+    a, g = [], []
+    for rows in torch.arange(len(y)).split(BLOCK):
+        m = torch.stack([v[rows] for v in x], 1)  # (B, M, D)
+        a.append((m @ y[rows][:, :, None])[:, :, 0])
+        g.append((m @ m.transpose(1, 2)).flatten(1))
+    return torch.cat(a), torch.cat(g)
+
+
+def cosines(w, a, g):
+    """Cosine of every row under weights w (M,) -> (N,)"""
+    return (a @ w) / (g @ torch.outer(w, w).flatten()).clamp_min(1e-12).sqrt()
+
+
+def minimise(loss, parameters, steps=100):
+    """Full-batch L-BFGS: deterministic, no learning rate. `loss()` does its own backward and returns a float tensor."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = -(net(x) * y).sum(-1).mean()
-        loss.backward()
-        return loss
+        return loss()
 
     optimizer.step(closure)
-    return net
 
 
-def cross_validate(x, y, groups, folds=5, seed=0):
-    """Cosine of every row under weights fitted without its group. -> (N,). Near-identical prompts share a group, so they share a fold."""
-    names = np.unique(groups)
-    fold = dict(zip(names[np.random.default_rng(seed).permutation(len(names))].tolist(), np.arange(len(names)) % folds))
-    fold = np.array([fold[g] for g in groups.tolist()])
-    score = torch.zeros(len(y))
-    for k in np.unique(fold):
-        with torch.no_grad():
-            score[fold == k] = (fit(x[:, fold != k], y[fold != k]).requires_grad_(False)(x[:, fold == k]) * y[fold == k]).sum(-1) if (fold != k).any() else 0
-    return score
+def fit(a, g, kind="nonneg", start=None):
+    """Weights (M,) that maximise the mean cosine, summing to 1 in absolute value. nonneg: squares, so that none is below 0; free: any sign."""
+    v = torch.ones(a.shape[1]) if start is None else start.clone()
+    v.requires_grad_()
+    weights = lambda: v.square() if kind == "nonneg" else v  # noqa: E731
+
+    def loss():
+        value = -cosines(weights(), a, g).mean()
+        value.backward()
+        return value.detach()
+
+    minimise(loss, [v])
+    w = weights().detach()
+    return w / w.abs().sum()
 
 
-def align(members, names):
-    """Members joined by id, in the order of the first. -> ids, x (M, N, D). Different ids are an error that lists the first few."""
-    ids = members[0]["ids"].tolist()
-    rows = []
-    for name, member in zip(names, members):
-        position = {i: n for n, i in enumerate(member["ids"].tolist())}
-        missing, extra = [i for i in ids if i not in position], [i for i in position if i not in set(ids)]
-        if missing or extra:
-            sys.exit(f"{name}: ids differ from those of {names[0]}: {len(missing)} missing {missing[:3]}, {len(extra)} extra {extra[:3]}; predict the same images")
-        if member["embeddings"].shape[1] != members[0]["embeddings"].shape[1]:
-            sys.exit(f"{name}: embeddings of width {member['embeddings'].shape[1]}, {names[0]} has {members[0]['embeddings'].shape[1]}")
-        rows.append([position[i] for i in ids])
-    return ids, torch.stack([F.normalize(torch.from_numpy(m["embeddings"][r]).float(), dim=-1) for m, r in zip(members, rows)])
+def fit_per_dim(x, y, start, kind="nonneg", steps=30):
+    """Weights (M, D), from `start` (M,): this needs the rows themselves, in blocks, at most PER_DIM_ROWS of them."""
+    rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:PER_DIM_ROWS].sort().values
+    net = WeightedAverage(len(x), y.shape[1])
+    net.weight.data = start[:, None].repeat(1, y.shape[1]) * len(x)
+
+    def loss():
+        total = 0
+        for r in rows.split(BLOCK):
+            value = -(net([m[r] for m in x]) * y[r]).sum() / len(rows)
+            value.backward()
+            total = total + value.detach()
+        return total
+
+    minimise(loss, [net.weight], steps)
+    w = net.weight.detach().clamp_min(0) if kind == "nonneg" else net.weight.detach()
+    return w / w.abs().sum(0).clamp_min(1e-12)
 
 
-def describe(score):
-    return f"{score.mean():.4f} ± {score.std() / len(score) ** .5:.4f}"
+def average(x, w):
+    """[M of unit rows (N, D)], weights (M,) or (M, D) -> unit rows (N, D)."""
+    net = WeightedAverage(len(x))
+    net.weight.data = w.reshape(len(x), -1)
+    with torch.no_grad():
+        return torch.cat([net([m[r] for m in x]) for r in torch.arange(len(x[0])).split(BLOCK)])
 
+
+def folds_of(groups, folds, seed=0):
+    """-> fold (N,) of every row. Near-identical prompts share a group, so they share a fold."""
+    names, index = np.unique(groups, return_inverse=True)
+    return torch.from_numpy(np.random.default_rng(seed).permutation(len(names))[index] % min(folds, len(names)))
+
+
+def cross_validate(fold, learn, apply):
+    """Cosine of every row under weights that were learned without its fold -> (N,)"""
+    out = torch.zeros(len(fold))
+    for k in fold.unique():
+        inside = (fold == k).nonzero()[:, 0]
+        out[inside] = apply(learn((fold != k).nonzero()[:, 0]), inside)
+    return out
+
+
+def error_correlation(a, g):
+    """Correlation of the members' error vectors x - y over all rows and dimensions -> (M, M). Low numbers are what an ensemble lives from."""
+    e = (g.reshape(len(a), a.shape[1], -1) - a[:, :, None] - a[:, None] + 1).mean(0)
+    return e / e.diag().clamp_min(1e-12).sqrt().outer(e.diag().clamp_min(1e-12).sqrt())
+
+
+def describe(c):
+    return f"{c.mean():.4f} ± {c.std(correction=int(len(c) > 1)) / len(c) ** .5:.4f}"
+
+
+def draw(path, report):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    members = report["members"]
+    labels = [m["name"] for m in members]
+    fig, axes = plt.subplots(1, 2 if "uniform" in report else 1, figsize=(10, 0.4 * len(members) + 1.8), squeeze=False)
+    axes[0, 0].barh(labels, [m["weight"] for m in members], color="#4878a8")
+    axes[0, 0].set_xlabel(f"weight ({report['used']})")
+    if "uniform" in report:
+        bars = [(m["name"], m["cosine"], m["se"], "#9ab4cf") for m in members] + [("uniform", *report["uniform"], "#777777")]
+        bars += [("learned, cross-validated", *report["learned"], "#c8692c")] if "learned" in report else []
+        names, means, errors, colours = zip(*bars)
+        axes[0, 1].barh(names, means, xerr=errors, color=colours)
+        axes[0, 1].set_xlim(max(0, min(means) - 0.05), max(means) + 0.02)
+        axes[0, 1].set_xlabel(f"mean cosine ± standard error (n = {report['n']:,})")
+    for ax in axes[0]:
+        ax.invert_yaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    with atomic(path) as f:
+        fig.savefig(f, format="png", dpi=110)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------------------- the soup
+
+def make_soup(runs, out, batch_size, workers):
+    """Greedy model soup (arXiv 2203.05482): runs from best to worst; each joins the average of the weights if validation gets better by it.
+    Written as a run, OUT/ft, that predict.py uses like any other."""
+    checkpoints = [find_checkpoint(r) for r in runs]
+    nets, metas = zip(*map(load_net, checkpoints))
+    for path, meta in zip(checkpoints, metas):
+        for key in ("tower", "head", "text_model", "data_hashes"):
+            if meta[key] != metas[0][key]:
+                sys.exit(f"{path}: another {key} than {checkpoints[0]}; a soup averages runs of one tower on one data set")
+    pairs, targets, summary = read_data(metas[0]["data"])
+    if summary["hashes"] != metas[0]["data_hashes"]:
+        sys.exit(f"{metas[0]['data']}: has changed since these runs were trained on it; a soup is chosen on their validation rows")
+    val = np.flatnonzero(pairs["split"].to_numpy() == "val")
+    paths = [str(Path(metas[0]["data"]) / p) for p in pairs["image"].gather(val)]
+    viewer = Viewer(checkpoints[0], ["image"], device="cuda" if torch.cuda.is_available() else "cpu")
+    net = next(iter(viewer.nets.values()))
+
+    def mix(states):
+        return {k: torch.stack([s[k].float() for s in states]).mean(0).to(v.dtype) for k, v in states[0].items()}
+
+    def validate(state):
+        net.load_state_dict(state)
+        return float(np.mean(np.concatenate([(y * targets[val[r:r + len(y)]]).sum(1) for r, y, _ in predict(viewer, paths, batch_size, workers)])))
+
+    states = [n.state_dict() for n in nets]
+    alone = [validate(s) for s in states]
+    order = np.argsort([-s for s in alone], kind="stable")
+    chosen, best = [order[0]], alone[order[0]]
+    for i in order[1:]:
+        score = validate(mix([states[j] for j in [*chosen, i]]))
+        print(f"{alone[i]:.4f} alone, {score:.4f} with those above ({'joins' if score > best else 'stays out'})  {checkpoints[i].parent}")
+        if score > best:
+            chosen, best = [*chosen, i], score
+    everybody = validate(mix(states))
+    print(f"best alone {alone[order[0]]:.4f} {checkpoints[order[0]].parent} · average of all {len(runs)} {everybody:.4f} · greedy soup of {len(chosen)} {best:.4f} (n = {len(val)})")
+    nets[0].load_state_dict(mix([states[j] for j in chosen]))
+    save_net(nets[0], {**metas[0], "phase": "ft", "val_cosine": best, "soup": [str(checkpoints[i].parent) for i in chosen]}, out / "ft/best.safetensors")
+    with atomic(out / "ft/metrics.jsonl", "w") as f:
+        f.write(json.dumps({"step": 0, "val_cosine": best, "done": True}) + "\n")
+    print(f"wrote {out}/ft; predict with: python predict.py --run {out}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Learned weighted average of several models' predictions.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("preds", nargs="*", metavar="PREDS.npz", help="members to average; none = every npz in preds/ except an earlier ensemble")
-    p.add_argument("--fit", nargs="+", default=None, metavar="VAL.npz", help="predictions with targets of the same runs to learn the weights on; unset = the members themselves")
-    p.add_argument("--out", default="preds/ensemble.npz", help="file to write")
-    p.add_argument("--submission", default=None, help="Kaggle CSV to write")
-    p.add_argument("--sample-submission", default=None, help="its ids, in its order; unset = sorted ids")
-    p.add_argument("--overwrite", action="store_true", help="replace --out and --submission")
-    p.add_argument("--folds", type=int, default=5, help="of the cross-validation")
-    p.add_argument("--seed", type=int, default=0, help="of the folds")
+    p.add_argument("preds", nargs="*", metavar="PREDS", help="members: npz of predict.py or Kaggle CSVs; none = every npz in preds/ except an earlier ensemble")
+    p.add_argument("--fit", nargs="+", default=None, metavar="VAL", help="predictions of the same runs where targets are known, to learn the weights on; unset = the members themselves")
+    p.add_argument("--intersect", action="store_true", help="where ids differ, go on with those that all members have")
+    p.add_argument("--soup", nargs="+", default=None, metavar="RUN", help="average the weights of these runs of one tower instead, greedily by validation, into the run --out")
+    g = p.add_argument_group("weights")
+    g.add_argument("--weights", default="nonneg", help="nonneg or free: learned, used if they beat uniform in cross-validation; uniform; or fixed: A,B,...")
+    g.add_argument("--per-dim", action="store_true", help="learn a weight per model and dimension")
+    g.add_argument("--folds", type=int, default=5, help="of the cross-validation")
+    g.add_argument("--seed", type=int, default=0, help="of the folds")
+    g = p.add_argument_group("output")
+    g.add_argument("--out", default=None, help="file to write, with .json (weights) and .png beside it; unset = preds/ensemble.npz, or runs/soup")
+    g.add_argument("--submission", default=None, help="Kaggle CSV to write")
+    g.add_argument("--sample-submission", default=None, help="its ids, in its order; unset = sorted ids")
+    g.add_argument("--overwrite", action="store_true", help="replace these files")
+    g = p.add_argument_group("soup")
+    g.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    g.add_argument("--workers", type=int, default=2, help="processes that decode images")
     return p.parse_args(argv)
+
+
+def parse_weights(text, models):
+    """"nonneg", "free", "uniform" -> None; "A,B,..." -> tensor (M,)"""
+    if text in ("nonneg", "free", "uniform"):
+        return None
+    try:
+        w = torch.tensor([float(v) for v in text.split(",")])
+    except ValueError:
+        sys.exit(f"--weights {text}: must be nonneg, free, uniform, or numbers like 2,1,1")
+    if len(w) != models or not w.isfinite().all() or not w.abs().sum() > 0:
+        sys.exit(f"--weights {text}: {len(w)} finite numbers, not all 0, are wanted for {models} members; there are {models} members" if len(w) == models
+                 else f"--weights {text}: {len(w)} numbers for {models} members")
+    return w / w.abs().sum()
 
 
 def main():
     args = parse_args()
-    names = args.preds or sorted(str(p) for p in Path("preds").glob("*.npz") if str(np.load(p, allow_pickle=False).get("run", "")) != "ensemble")
-    if not names:
-        sys.exit("preds/: no predictions there; make some with: python predict.py")
-    for path in filter(None, (args.out, args.submission)):
+    out = Path(args.out or ("runs/soup" if args.soup else "preds/ensemble.npz"))
+    written = [out / "ft/best.safetensors"] if args.soup else [out, out.with_suffix(".json"), out.with_suffix(".png"), *filter(None, [args.submission])]
+    for path in written:
         if Path(path).exists() and not args.overwrite:
             sys.exit(f"{path}: already there; choose another name, or replace it with --overwrite")
-    members = [read_preds(n) for n in names]
-    ids, x = align(members, names)
-    targets = members[0]["targets"]
-
-    # where the weights are learned: on the members themselves, or on the validation predictions of the same runs
+    if args.folds < 2:
+        sys.exit(f"--folds {args.folds}: must be at least 2")
+    if args.soup:
+        return make_soup(args.soup, out, args.batch_size, args.workers)
+    names = args.preds or sorted(str(p) for p in Path("preds").glob("*.npz") if read_preds(p)["run"] != "ensemble")
+    if not names:
+        sys.exit("preds/: no predictions there; make some with: python predict.py")
+    fixed = parse_weights(args.weights, len(names))
+    test = load_members(names, args.intersect)
+    order = order_for(args.sample_submission, test["ids"]) if args.submission or args.sample_submission else None
+    val = test
     if args.fit:
-        by_run = {read_preds(n)["run"]: n for n in args.fit}
-        lacking = [n for n, m in zip(names, members) if m["run"] not in by_run]
-        if lacking:
-            sys.exit(f"--fit: no validation predictions of the run behind {lacking[0]}; predict them with: python predict.py --run RUN")
-        fit_names = [by_run[m["run"]] for m in members]
-        fit_members = [read_preds(n) for n in fit_names]
-        _, fx = align(fit_members, fit_names)
-    else:
-        fit_members, fx = members, x
-    y = fit_members[0]["targets"]
+        val = load_members([args.fit[i] for i in match(test["keys"], [key_of(read_preds(n)) for n in args.fit], names, args.fit)], args.intersect)
+        if val["targets"] is None:
+            sys.exit(f"--fit {' '.join(args.fit)}: no targets there; predict a validation split: python predict.py --run RUN")
+    x, y, models = val["x"], val["targets"], len(names)
+    uniform = torch.full((models,), 1 / models)
+    weights, used = (fixed, "fixed") if fixed is not None else (uniform, "uniform")
+    labels = [Path(n).stem for n in names]
+    report = {"members": [{"name": label, "file": n, "run": k[0], "views": list(k[1])} for label, n, k in zip(labels, names, test["keys"])]}
 
     if y is None:
-        print("no targets known: plain average (learn weights with --fit VAL.npz ...)")
-        net = WeightedAverage(len(names))
+        print(f"no targets known: {used} weights (learn them with --fit VAL.npz ...)")
     else:
-        y = torch.from_numpy(np.ascontiguousarray(y)).float()
-        groups = fit_members[0]["groups"]
-        groups = np.arange(len(y)) if groups is None else groups
-        for name, member in zip(names, fx):
-            print(f"{describe((member * y).sum(-1))}  {name}")
-        with torch.no_grad():
-            plain = (WeightedAverage(len(fx))(fx) * y).sum(-1)
-        learned = cross_validate(fx, y, groups, args.folds, args.seed)
-        print(f"{describe(plain)}  plain average\n{describe(learned)}  learned weights, {args.folds}-fold cross-validated by group (n = {len(y)})")
-        net = fit(fx, y)
-        print("weights: " + ", ".join(f"{w:.3f} {Path(n).stem}" for w, n in zip((net.weight / net.weight.sum()).tolist(), names)))
+        # every member, uniform, and what learning is worth on rows it has not seen
+        a, g = gram(x, y)
+        groups = np.arange(len(y)) if val["groups"] is None else val["groups"]
+        fold = folds_of(groups, args.folds, args.seed)
+        own = a.unbind(1)
+        plain = cosines(uniform, a, g)
+        width = max(map(len, [*labels, "plain average"]))
+        for label, c in zip(labels, own):
+            print(f"{label:<{width}}  {describe(c)}")
+        print(f"{'plain average':<{width}}  {describe(plain)}")
+        pair = lambda c: [float(c.mean()), float(c.std(correction=int(len(c) > 1)) / len(c) ** .5)]  # noqa: E731
+        report |= {"n": len(y), "uniform": pair(plain)}
+        if fixed is not None:
+            print(f"{'fixed weights':<{width}}  {describe(cosines(fixed, a, g))}  (n = {len(y):,})")
+        elif args.weights != "uniform" and models > 1 and len(fold.unique()) > 1:
+            learn = lambda a, g, rows: fit(a[rows], g[rows], args.weights)  # noqa: E731
+            if args.per_dim:
+                learned = cross_validate(fold, lambda r: fit_per_dim([m[r] for m in x], y[r], learn(a, g, r), args.weights),
+                                         lambda w, r: (average([m[r] for m in x], w) * y[r]).sum(-1))
+            else:
+                learned = cross_validate(fold, lambda r: learn(a, g, r), lambda w, r: cosines(w, a[r], g[r]))
+            gain = learned - plain
+            print(f"{'learned weights':<{width}}  {describe(learned)}  ({args.weights}{', per dimension' if args.per_dim else ''}; {len(fold.unique())} folds by group, "
+                  f"n = {len(y):,}; over plain {gain.mean():+.5f} ± {pair(gain)[1]:.5f})")
+            report["learned"] = pair(learned)
+            if gain.mean() > 0:
+                used = args.weights + (" per dimension" if args.per_dim else "")
+                weights = fit(a, g, args.weights)
+                weights = fit_per_dim(x, y, weights, args.weights) if args.per_dim else weights
+            print(f"used: {used} weights, because the learned ones {'beat' if gain.mean() > 0 else 'do not beat'} the plain average in cross-validation")
+        if models > 1:
+            # what each is worth to the others: the same scheme, cross-validated, without it
+            best = report.get("learned", report["uniform"])[0] if used != "uniform" else float(plain.mean())
+            corr = error_correlation(a, g)
+            print("\nmember: weight · what the average loses without it · correlation of its errors with the others'")
+            for m, label in enumerate(tqdm(labels, desc="leave one out", unit="member", leave=False, disable=models * len(y) < 100_000 or None)):
+                keep = torch.tensor([i for i in range(models) if i != m])
+                a1, g1 = a[:, keep], g.reshape(len(a), models, models)[:, keep][:, :, keep].flatten(1)
+                if used.startswith(("nonneg", "free")):
+                    without = cross_validate(fold, lambda r: fit(a1[r], g1[r], args.weights), lambda w, r: cosines(w, a1[r], g1[r])).mean()
+                else:
+                    w1 = weights[keep] if used == "fixed" and weights[keep].abs().sum() > 0 else torch.ones(models - 1)
+                    best, without = float(cosines(weights, a, g).mean()), cosines(w1, a1, g1).mean()
+                report["members"][m] |= {"leave_one_out": best - float(without), "error_correlation": corr[m].tolist()}
+                w = weights[m].mean()
+                tqdm.write(f"{label:<{width}}  {w:.3f} · {best - float(without):+.5f} · " + " ".join(f"{c:.2f}" for c in corr[m]))
+        for m, c in enumerate(own):
+            report["members"][m] |= dict(zip(("cosine", "se"), pair(c)))
 
-    with torch.no_grad():
-        embeddings = net(x).numpy()
+    # apply, and write
+    embeddings = average(test["x"], weights).numpy()
+    for m, w in zip(report["members"], weights):
+        m["weight"] = w.mean().item()
+        if w.ndim:
+            m["weight_per_dim"] = w.tolist()
+    report["used"] = used
     if args.submission:
-        write_submission(args.submission, ids, embeddings, read_sample(args.sample_submission) if args.sample_submission else None)
-        print(f"wrote {args.submission} ({len(ids)} images)")
-    write_preds(args.out, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=members[0]["groups"], run="ensemble", views=np.array(names))
-    print(f"wrote {args.out} ({len(ids)} images)")
+        write_submission(args.submission, test["ids"], embeddings, order)
+        print(f"wrote {args.submission} ({len(test['ids']):,} images)")
+    with atomic(out.with_suffix(".json"), "w") as f:
+        json.dump(report, f, indent=1)
+    draw(out.with_suffix(".png"), report)
+    write_preds(out, ids=np.array(test["ids"]), embeddings=embeddings, targets=None if test["targets"] is None else test["targets"].numpy(), groups=test["groups"],
+                run="ensemble", views=np.array(names))
+    print(f"wrote {out} ({len(test['ids']):,} images, {used} weights), {out.with_suffix('.json').name}, {out.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":
