@@ -50,14 +50,17 @@ def load_members(names, intersect=False):
         x.append(unit(m["embeddings"]))
         keys.append(key_of(m))
     for n, row in enumerate(rows):
-        x[n] = x[n][[row[i] for i in ids]]
+        order = [row[i] for i in ids]
+        x[n] = x[n] if order == list(range(len(x[n]))) else x[n][order]
     order = truth and [truth[0][i] for i in ids]
     return {"ids": ids, "x": x, "targets": truth and truth[1][order],
             "groups": truth[2][order] if truth and truth[2] is not None else None, "keys": keys}
 
 
 def unit(x):
-    return F.normalize(torch.from_numpy(np.ascontiguousarray(x)).float(), dim=-1)
+    """Rows of an array -> unit rows, float32 tensor, in the array's own memory where it is float32."""
+    x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    return x.div_(x.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def key_of(preds):

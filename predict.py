@@ -26,14 +26,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-import clean
-if not hasattr(clean, "encode_cached"):
-    clean.encode_cached = lambda p, n, d: clean.encode(p, clean.load_encoder(n, d)[0])
-from clean import (IMAGE_COLUMNS, IMAGE_SUFFIXES, PROMPT_COLUMNS, atomic, encode_cached, is_archive, list_members, open_rgb, read_data, read_table,
-                   run, sha256)
+from clean import (IMAGE_COLUMNS, IMAGE_SUFFIXES, PROMPT_COLUMNS, TABLE_SUFFIXES, atomic, encode_cached, is_archive, list_members, open_rgb, read_data,
+                   read_table, run, sha256)
 from train import Pictures, cosine, find_checkpoint, load_net, pick_precision, to_square
 
-TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson"
 VIEWS = {  # --tta N takes the first N. name: (resolution as a factor, share of the centre that is seen, mirrored)
     "image": (1, 1, False), "mirror": (1, 1, True),
     "large": (1.25, 1, False), "large-mirror": (1.25, 1, True),  # more pixels: position embeddings are resized
@@ -132,7 +128,10 @@ def list_images(items, image_col=None, prompt_col=None):
             except Exception as e:  # zipfile, tarfile and zlib each raise their own kinds
                 sys.exit(f"{path}: not a readable archive ({(str(e) or type(e).__name__).splitlines()[0]})")
         elif path.suffix.lower() in TABLE_SUFFIXES:
-            found |= read_pictures(path, image_col, prompt_col)
+            table = read_table(path, image_col, prompt_col, need=("image", "prompt") if prompt_col else ("image",))
+            if table["image"].null_count():
+                sys.exit(f"{path}: {table['image'].null_count()} of its {len(table)} rows name no image; drop them, or name another column with --image-col")
+            found |= dict(table.select("image", "prompt").iter_rows())
         else:
             found[str(path)] = None
     if not found:
@@ -142,22 +141,6 @@ def list_images(items, image_col=None, prompt_col=None):
     clash = {i for i, n in Counter(stems).items() if n > 1}
     prompts = [found[p] for p in paths]
     return [Path(p).as_posix() if i in clash else i for i, p in zip(stems, paths)], paths, prompts if all(prompts) else None
-
-
-def read_pictures(path, image_col, prompt_col):
-    """A table with an image column, and perhaps prompts -> {path: prompt or None}."""
-    scan = {".parquet": pl.scan_parquet, ".jsonl": pl.scan_ndjson, ".ndjson": pl.scan_ndjson}.get(path.suffix.lower(), pl.scan_csv)
-    try:
-        names = scan(path).collect_schema().names()
-    except (pl.exceptions.PolarsError, OSError) as e:
-        sys.exit(f"{path}: not a readable table ({str(e).splitlines()[0]})")
-    has_prompts = prompt_col or any(n.lower() in PROMPT_COLUMNS for n in names)
-    if not has_prompts:  # the reader of clean.py wants a prompt: any column will do, and is forgotten
-        prompt_col = image_col or next((n for c in IMAGE_COLUMNS for n in names if n.lower() == c), names[0])
-    table = read_table(path, image_col, prompt_col)
-    if table["image"].null_count():
-        sys.exit(f"{path}: {table['image'].null_count()} rows have no image")
-    return dict(zip(table["image"], table["prompt"] if has_prompts else [None] * len(table)))
 
 
 class Renderings(Pictures):
