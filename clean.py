@@ -576,7 +576,7 @@ def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None
     if not len(table):
         sys.exit(f"{path}: the table has no rows")
     columns = {}
-    for what, wanted, common in (("image", image_col, IMAGE_COLUMNS), ("prompt", prompt_col, PROMPT_COLUMNS)):
+    for what, wanted, common in (("prompt", prompt_col, PROMPT_COLUMNS), ("image", image_col, IMAGE_COLUMNS)):
         if wanted and wanted not in names and what in need:
             sys.exit(f"{path}: no column {wanted!r} (--{what}-col); it has: {', '.join(names)}")
         found = wanted if wanted in names else next((c for n in common for c in names if c.lower() == n), None)
@@ -589,7 +589,7 @@ def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None
     root = str(path)[:-len(Path(inside).name)] if inside else f"{Path(path).resolve().parent}/"
     absolute = pl.col("image").str.starts_with("/") & (not inside)
     image = pl.col("image").str.replace_all("\0", "", literal=True)
-    return table.with_columns(image=pl.when(absolute).then(image).otherwise(pl.lit(root) + image))
+    return table.with_columns(image=pl.when(image == "").then(None).when(absolute).then(image).otherwise(pl.lit(root) + image))
 
 
 def is_diffusiondb(path):
@@ -1245,8 +1245,9 @@ def main():
     for table, path in ((pairs, "pairs.parquet"), (gone, "dropped.parquet")):
         with atomic(work / path) as f:
             table.write_parquet(f)
-    with atomic(work / "targets.npy") as f:
-        np.save(f, x)
+    with atomic(work / "targets.npy") as f:  # as np.save, which on a full disk raises an error without its reason
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(x))
+        f.write(x.data)
 
     # the funnel
     counts, funnel, n = dict(gone["rule"].value_counts().iter_rows()), [("raw", 0, len(rows))], len(rows)

@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development data (../shared/data) is not here")
 
 
-def command(script, *args, ok=True, cwd=None, env=None):
+def command(script, *args, ok=True, cwd=None, env=None, timeout=300):
     """Run `python script args`; with ok=False it must end in one clear line on stderr and a non-zero exit. -> CompletedProcess."""
     done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=cwd or ROOT,
-                          env={**os.environ, **(env or {})}, timeout=300)
+                          env={**os.environ, **(env or {})}, timeout=timeout)
     if ok:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     else:

@@ -1,9 +1,18 @@
 """clean.py: sources, rules, deduplication, split, images, cache, resume; each promise with a test that fails when it is broken."""
+import hashlib
+import http.server
 import io
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clean
-from conftest import command
+from conftest import ROOT, SHARED, command, needs_shared
 
 
 def png(colour="red", size=(32, 24), **kwargs):
@@ -117,7 +126,7 @@ def prompts(n, start=0):
 
 def fails(run, *args, match):
     with pytest.raises(SystemExit, match=match) as e:
-        run(*args, out="failed")
+        run(*args, out=f"failed{time.monotonic_ns()}")  # the failed one holds its lock as long as its traceback lives
     assert isinstance(e.value.code, str) and "\n" not in e.value.code
 
 
@@ -434,3 +443,366 @@ def test_stored_images(cleaned, table, tmp_path):
     pairs, _, _ = cleaned(path, "--link", out="linked")
     assert all((tmp_path / "data/linked" / i).is_symlink() for i in pairs["image"]) and pairs["image"][0].endswith(".png")
     fails(cleaned, pack(tmp_path / "z.zip", {"a.png": png(), "a.txt": prompts(1)[0].encode()}), "--link", match="--link")
+
+
+# ------------------------------------------------------------------------------------------------- encoding and its cache
+
+@needs_shared
+def test_encoder_is_the_competitions():
+    """The oracle: the true embeddings of the seven public prompts, to 1e-6."""
+    table = clean.read_table(SHARED / "kaggle7/prompts.csv")
+    true = pl.read_csv(SHARED / "kaggle7/sample_submission.csv")["val"].to_numpy().reshape(-1, 384)
+    ids = pl.read_csv(SHARED / "kaggle7/sample_submission.csv")["imgId_eId"].str.replace(r"_\d+$", "").unique(maintain_order=True).to_list()
+    x = clean.encode(table["prompt"], clean.load_encoder()[0])
+    order = [next(i for i, p in enumerate(table["image"]) if Path(p).stem == k) for k in ids]
+    assert np.abs(x[order] - true).max() < 1e-6
+
+
+def test_encode_cache(tmp_path, monkeypatch):
+    """Each distinct prompt once, ever; what a kill interrupts costs one chunk; the bytes are those of a run that was never stopped."""
+    monkeypatch.setattr(clean, "CHUNK", 8)
+    words = prompts(30) + prompts(5) + ["", "a cat"]
+    calls, real = [], clean.encode
+    monkeypatch.setattr(clean, "encode", lambda p, *a: (calls.append(list(p)), real(p, *a))[1])
+    whole = clean.encode_cached(words, cache=tmp_path / "whole")
+    assert whole.dtype == np.float32 and (whole[30:35] == whole[:5]).all() and sorted(sum(calls, [])) == sorted(set(words)) and len(calls) == 4
+    lengths = [len(p) for p in sum(calls, [])]
+    assert lengths == sorted(lengths, reverse=True), "one length-sorted pass"
+
+    def die(p, *a):
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        calls.append(list(p))
+        return real(p, *a)
+    monkeypatch.setattr(clean, "encode", die)
+    with pytest.raises(KeyboardInterrupt):
+        clean.encode_cached(words, cache=tmp_path / "killed")
+    done = calls[4:]
+    monkeypatch.setattr(clean, "encode", lambda p, *a: (calls.append(list(p)), real(p, *a))[1])
+    again = clean.encode_cached(words, cache=tmp_path / "killed")
+    assert (again == whole).all() and len(calls) == 8 and not set(sum(calls[6:], [])) & set(sum(done, []))
+    monkeypatch.setattr(clean, "load_encoder", lambda *a: pytest.fail("nothing is new"))
+    assert (clean.encode_cached(words[::-1], cache=tmp_path / "killed") == whole[::-1]).all() and clean.encode_cached([], cache=tmp_path / "killed").shape == (0, 384)
+
+
+def test_damaged_cache_is_ignored(tmp_path, capsys):
+    words = prompts(3)
+    x = clean.encode_cached(words, cache=tmp_path)
+    shard = next(tmp_path.rglob("*.npz"))
+    shard.write_bytes(shard.read_bytes()[:-700])
+    assert (clean.encode_cached(words, cache=tmp_path) == x).all() and "damaged" in capsys.readouterr().err
+    np.savez(shard, keys=np.array([{}], object), x=x)  # a pickle is never opened
+    assert (clean.encode_cached(words, cache=tmp_path) == x).all()
+
+
+def test_encode_precision(tmp_path):
+    words = prompts(16)
+    a, b = (clean.encode_cached(words, precision=p, cache=tmp_path) for p in ("fp32", "bf16"))
+    assert (a != b).any() and (1 - (a * b).sum(1)).max() < 1e-3 and np.abs(np.linalg.norm(b, axis=1) - 1).max() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- the command and its demo
+
+def hashes(folder):
+    return {p.relative_to(folder).as_posix(): clean.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (".log", "summary.json")}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    return out, command("clean.py", "--out", out, timeout=280).stdout
+
+
+def test_demo_loses_exactly_its_dirt(demo):
+    """Rule by rule: what was planted goes, for the reason it was planted, and nothing else does."""
+    out, printed = demo
+    raw = pl.read_csv(out.with_name("demo-raw") / "prompts.csv", infer_schema=False)
+    pairs, _, summary = clean.read_data(out)
+    gone = pl.read_parquet(out / "dropped.parquet").select(pl.col("image").str.extract(r"(images/[^/]*)$"), "rule")
+    seen = raw.join(gone, on="image", how="left")
+    planted = pl.when(pl.col("dirt").str.starts_with("(")).then(None).otherwise(pl.when(pl.col("dirt") != "").then("dirt"))
+    assert seen.filter(planted.ne_missing(pl.col("rule"))).rows() == []
+    assert set(gone["rule"]) == set(clean.RULES) - {"not downloaded", "width or height", "nsfw", "excluded"} and {"(rgba)", "(palette)", "(grey)", "(wrong extension)"} < set(raw["dirt"])
+    assert len(raw) >= 6000 and len(pairs) >= 3500 and summary["split"]["guard"] < .25 * len(pairs) and "near-duplicate" in printed
+    with Image.open(out / "funnel.png") as f:
+        f.load()
+
+
+def test_demo_is_distinguishable(demo):
+    """No two scenes and no two styles look alike: the same things drawn otherwise differ clearly."""
+    import random
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 20)
+    draw = lambda scene, style: np.asarray(clean.draw_picture([("★", "red", "large"), ("♞", "blue", "small")], "above", scene, style, 80, random.Random(0), font), float)  # noqa: E731
+    for kind in ([draw(s, "flat vector art") for s in clean.SCENES], [draw("a brick wall", s) for s in clean.STYLES]):
+        assert min(np.abs(a - b).mean() for i, a in enumerate(kind) for b in kind[:i]) > 5
+
+
+def test_split_of_the_demo_does_not_leak(demo):
+    pairs, x, summary = clean.read_data(demo[0])
+    split = pairs["split"].to_numpy()
+    worst = float((x[split == "train"] @ x[split == "val"].T).max())
+    assert worst < .7 and abs(worst - summary["max_train_val_cosine"]) < 1e-5
+    for side in pairs.filter(pl.col("split") != "guard").group_by("group").agg(pl.col("split").unique())["split"]:
+        assert len(side) == 1
+
+
+def test_bytes_are_reproducible(tmp_path, monkeypatch):
+    for name, workers in (("a", 1), ("b", 3)):
+        clean.draw_demo(tmp_path / name / "demo-raw", rows=90, dirt=96)
+        monkeypatch.setattr("sys.argv", ["clean.py", "--out", str(tmp_path / name / "demo"), "--workers", str(workers)])
+        clean.main()
+    assert hashes(tmp_path / "a/demo-raw") == hashes(tmp_path / "b/demo-raw")
+    a, b = hashes(tmp_path / "a/demo"), hashes(tmp_path / "b/demo")
+    a.pop("pairs.parquet"), b.pop("pairs.parquet"), a.pop("dropped.parquet"), b.pop("dropped.parquet")  # these name the folder
+    assert a == b and len(a) > 80
+    assert hashes(tmp_path / "a/demo-raw") != (clean.draw_demo(tmp_path / "c", rows=90, dirt=96, seed=1), hashes(tmp_path / "c"))[1]
+
+
+def test_bad_input_is_one_line(raw, tmp_path, table):
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "head.csv").write_text("image,prompt\n")
+    (tmp_path / "lie.parquet").write_text("PAR1 no")
+    (tmp_path / "lie.zip").write_text("PK no")
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    good = raw / "prompts.csv"
+    for args, words in [(["none.csv"], "no such file"), ([tmp_path / "empty.csv"], "not a readable table"), ([tmp_path / "head.csv"], "no rows"), ([tmp_path / "lie.parquet"], "not a readable"),
+                        ([tmp_path / "lie.zip"], "not a readable archive"), ([tmp_path / "hollow"], "no image"), ([table([{"a": "b"}])], "no prompt column"),
+                        ([good, "--prompt-col", "words"], "no column 'words'"), ([table([{"prompt": "b"}], "p.csv")], "--text-only"), ([good, "--threshold", "0"], "--threshold"),
+                        ([good, "--min-words", "9", "--max-words", "3"], "--min-words"), ([good, "--val-fraction", "1"], "--val-fraction"), ([good, "--out", tmp_path / "full"], "--overwrite"),
+                        ([good, "--text-model", tmp_path / "hollow"], "model.safetensors"), ([good, "--min-words", "60"], "too short"), (["--download", "3m:1"], "2m:1-20"),
+                        (["--download", "2m:0-5"], "1 to 2000"), ([good, "--exclude", "none.csv"], "no such file")]:
+        done = command("clean.py", *args, *([] if "--out" in args else ["--out", tmp_path / "out"]), ok=False)
+        assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr, (args, done.stderr)
+    assert (tmp_path / "full/mine.txt").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_import_is_silent_and_help_shows_defaults():
+    done = subprocess.run([sys.executable, "-c", "import sys, clean; print([m for m in ('torch', 'faiss', 'open_clip', 'sentence_transformers', 'matplotlib', 'diffusers') if m in sys.modules])"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n" and done.stderr == ""
+    printed = " ".join(command("clean.py", "--help").stdout.split())
+    args = vars(clean.parse_args([]))
+    for flag in args:
+        assert flag == "input" or f"--{flag.replace('_', '-')}" in printed
+    assert "(default: 0.85)" in printed and "%(default)" not in printed
+
+
+# ------------------------------------------------------------------------------------------------------ resume and disks
+
+@pytest.fixture
+def world(raw, tmp_path):
+    """The 200 drawn pairs several times over, 600 rows of distinct prompts, so that a run takes a while. -> table"""
+    rows = pl.read_csv(raw / "prompts.csv", infer_schema=False)["image"].to_list()
+    pl.DataFrame({"image": [str(raw / rows[i % len(rows)]) for i in range(600)], "prompt": prompts(600)}).write_csv(tmp_path / "world.csv")
+    return tmp_path / "world.csv"
+
+
+def test_killed_and_resumed_is_the_same(world, tmp_path, monkeypatch):
+    """kill -9 while images are written: the same command ends in the same bytes and makes no finished picture again."""
+    monkeypatch.setattr(clean, "encode_cached", fake_vectors)
+    script = f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]; import clean, test_clean; clean.encode_cached = test_clean.fake_vectors; clean.main()"
+
+    def run(out, kill=None):
+        flags = [world, "--out", tmp_path / out, "--workers", 2, "--val-fraction", .2, "--threshold", .8]
+        p = subprocess.Popen([sys.executable, "-c", script, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        if kill is None:
+            printed = p.communicate(timeout=200)[0]
+            assert p.returncode == 0, printed
+            return
+        log = tmp_path / f"{out}.partial/images/.log"
+        while p.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= kill):
+            time.sleep(.005)
+        os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+        with open(log, "ab") as f:
+            f.write(b'{"source": "torn')
+    run("whole")
+    run("killed", 50)
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed.partial/images").rglob("*.jpg")}
+    logged = (tmp_path / "killed.partial/images/.log").read_text().count('"sha"')
+    assert 50 <= logged < 600 and not (tmp_path / "killed").exists()
+    run("killed", logged + 60)
+    run("killed")
+    assert hashes(tmp_path / "whole") == hashes(tmp_path / "killed") and not (tmp_path / "killed.partial").exists()
+    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed/images").rglob("*.jpg")}
+    again = [n for n in made if n in now and now[n] != made[n]]
+    assert len(again) <= len(made) - logged + 32, "only what was not in the log is made again"
+
+
+def test_changed_flag_redoes_only_its_stage(cleaned, world, tmp_path, monkeypatch):
+    cleaned(world)
+    made = []
+    monkeypatch.setattr(clean, "keep_image", lambda job: made.append(job))
+    pairs, _, _ = cleaned(world, "--overwrite", "--min-words", 6, "--val-fraction", .3)
+    assert len(pairs) == 600 and made == [], "no picture is decoded again"
+    with pytest.raises(TypeError):
+        cleaned(world, "--overwrite", "--size", 20)
+    assert len(made) == 1, "another size makes them again"
+
+
+def test_changed_picture_is_made_again(cleaned, table, tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    path = table([{"image": "a.png", "prompt": prompts(1)[0]}])
+    cleaned(path)
+    (tmp_path / "a.png").write_bytes(png("blue", (50, 50)))
+    pairs, _, _ = cleaned(path, "--overwrite")
+    assert clean.open_rgb(tmp_path / "data/out" / pairs["image"][0]).getpixel((9, 9))[2] > 200 and pairs["width"].item() == 50
+
+
+def test_second_process_gets_one_line(cleaned, world, tmp_path):
+    lock = clean.alone(tmp_path / "data/.cache/out.lock")
+    with pytest.raises(SystemExit, match="another clean.py"):
+        cleaned(world)
+    lock.close()
+    cleaned(world)
+
+
+def test_full_disk_leaves_nothing_half_written(world, tmp_path):
+    """A file size limit stands in for a full disk: one line, the old folder as it was."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old.txt").write_text("old")
+    script = f"""import sys, resource; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]
+import clean, test_clean; clean.encode_cached = test_clean.fake_vectors; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); clean.run(clean.main)"""
+    done = subprocess.run([sys.executable, "-c", script, str(world), "--out", str(tmp_path / "out"), "--overwrite", "--workers", "1"], capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "File too large" in done.stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["old.txt"] and not list((tmp_path / "out.partial").rglob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------ download, many ranks, generation
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Enough of the hub for one dataset repository: HEAD and ranged GET of resolve/; the first transfer of `cut` breaks off half-way."""
+    files, log, cut = {}, [], None
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(False)
+
+    def do_GET(self):
+        self.answer(True)
+
+    def answer(self, body):
+        path = self.path.split("?")[0]
+        name = path.partition("/resolve/main/")[2]
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        name = name or path.partition(f"/resolve/{commit}/")[2]
+        if name not in self.files:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content, spans = self.files[name], self.headers.get("Range", "")
+        start = int(re.match(r"bytes=(\d+)-", spans)[1]) if spans else 0
+        self.send_response(206 if spans else 200)
+        for key, value in {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit, "Content-Length": str(len(content) - start), "Accept-Ranges": "bytes",
+                           **({"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if spans else {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            Hub.log.append((name, start))
+            if name == Hub.cut:
+                Hub.cut = None
+                self.wfile.write(content[start:start + (len(content) - start) // 2])
+                self.wfile.flush()
+                self.connection.close()
+            else:
+                self.wfile.write(content[start:])
+
+
+def test_download(tmp_path, monkeypatch):
+    """Parts and metadata from a local server that speaks the hub's protocol, one transfer cut off; then nothing is fetched twice."""
+    diffusiondb(tmp_path / "ddb", "zips")
+    with zipfile.ZipFile(tmp_path / "ddb/images/part-000002.zip", "a") as z:
+        z.writestr("noise.bin", os.urandom(30 << 20))  # the hub's client writes by 10 MB
+    Hub.files = {p.relative_to(tmp_path / "ddb").as_posix(): p.read_bytes() for p in (tmp_path / "ddb").rglob("*") if p.is_file()}
+    Hub.files = {f"datasets/poloclub/diffusiondb/{n}": c for n, c in Hub.files.items()} | Hub.files
+    Hub.cut, Hub.log = "images/part-000002.zip", []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    try:
+        done = command("clean.py", "--download", "2m:1-2", "--out", tmp_path / "data/ddb", "--val-fraction", .3, env=env)
+        got = {p.relative_to(tmp_path / "data/diffusiondb-2m").as_posix(): p.read_bytes() for p in (tmp_path / "data/diffusiondb-2m").rglob("*") if p.is_file() and ".cache" not in p.parts}
+        assert got == {n: c for n, c in Hub.files.items() if not n.startswith("datasets")} and Hub.cut is None
+        assert [s for n, s in Hub.log if n == "images/part-000002.zip"][-1] > 0, "what was interrupted goes on where it stopped"
+        assert "-4" in done.stdout and len(clean.read_data(tmp_path / "data/ddb")[0]) == 8
+        fetched = len(Hub.log)
+        command("clean.py", "--download", "2m:1-2", "--out", tmp_path / "data/ddb", "--overwrite", "--val-fraction", .3, env=env)
+        assert len(Hub.log) == fetched
+        assert "2m:1900" in command("clean.py", "--download", "2m:1900", "--out", tmp_path / "data/none", env=env, ok=False).stderr.splitlines()[-1]
+    finally:
+        server.shutdown()
+
+
+def test_two_ranks_give_the_same_bytes(raw, tmp_path):
+    script = "import sys; sys.path.insert(0, sys.argv.pop(1)); import clean; clean.CHUNK = 32; clean.main()"
+    (tmp_path / "go.py").write_text(script)
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        done = subprocess.run([sys.executable, *launch, str(tmp_path / "go.py"), str(ROOT), str(raw / "prompts.csv"), "--out", str(tmp_path / name / "out"), "--val-fraction", ".2", "--workers", "1"],
+                              capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote") == 1, "rank 0 alone speaks and writes"
+    assert hashes(tmp_path / "one/out") == hashes(tmp_path / "two/out")
+    shards = [sorted(p.name for p in (tmp_path / n / ".cache").rglob("*.npz")) for n in ("one", "two")]
+    assert shards[0] == shards[1] and len(shards[0]) == 7
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A Stable Diffusion of random weights, small enough for a test, saved to a folder."""
+    pytest.importorskip("diffusers")
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sd")
+    from open_clip.tokenizer import SimpleTokenizer
+    t = SimpleTokenizer()
+    (folder / "vocab.json").write_text(json.dumps({k.replace("<start_of_text>", "<|startoftext|>").replace("<end_of_text>", "<|endoftext|>"): v for k, v in t.encoder.items()}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m, _ in sorted(t.bpe_ranks.items(), key=lambda m: m[1])))
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    unet = UNet2DConditionModel(block_out_channels=(4, 8), layers_per_block=1, sample_size=8, in_channels=4, out_channels=4, norm_num_groups=2, cross_attention_dim=16, attention_head_dim=2,
+                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    vae = AutoencoderKL(block_out_channels=[4, 8], in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4, norm_num_groups=2)
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=49408, projection_dim=16))
+    pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(folder / "pipe", safe_serialization=True)
+    return folder / "pipe"
+
+
+def test_generation(cleaned, pipeline, table, tmp_path, monkeypatch):
+    (tmp_path / "own.png").write_bytes(png())
+    path = table([{"image": "own.png" if i == 1 else "", "prompt": p} for i, p in enumerate(prompts(6))])
+    flags = [path, "--generate", pipeline, "--gen-steps", 2, "--gen-batch-size", 2, "--val-fraction", .3]
+    pairs, _, _ = cleaned(*flags, out="whole")
+    assert pairs["prompt"].to_list() == prompts(6) and pairs["origin"].null_count() == 5
+    whole = hashes(tmp_path / "data/whole")
+    assert len({whole[i] for i in pairs["image"]}) == 6, "each prompt its own picture"
+    real, made = clean.store_image, []
+
+    def dies(*a, **k):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(a)
+        return real(*a, **k)
+    monkeypatch.setattr(clean, "store_image", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cleaned(*flags, out="killed")
+    monkeypatch.setattr(clean, "store_image", lambda *a, **k: (made.append(a), real(*a, **k))[1])
+    cleaned(*flags, out="killed")
+    assert hashes(tmp_path / "data/killed") == whole and len(made) <= 4 + 4, "only the unfinished batches are drawn"
+    pairs, _, _ = cleaned(*flags, "--no-gen-seed-per-prompt", out="fixed")
+    assert hashes(tmp_path / "data/fixed")[pairs["image"][0]] != whole[pairs["image"][0]]
+    fails(cleaned, path, "--generate", tmp_path, match="cannot be loaded")
+
+
+def test_generation_without_diffusers(cleaned, table, monkeypatch):
+    monkeypatch.setattr(clean.importlib.util, "find_spec", lambda name: None)
+    fails(cleaned, table([{"prompt": "a"}]), "--generate", "x", match="pip install diffusers")

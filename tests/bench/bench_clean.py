@@ -1,0 +1,210 @@
+"""
+What clean.py costs, measured side by side in one run.
+$ python tests/bench/bench_clean.py dedup              # (a) the public recipe, (b) float32 blocks, (c) keep_one, on real prompts or synthetic clusters
+$ python tests/bench/bench_clean.py metadata           # text rules and exact duplicates of a synthetic 2M-row DiffusionDB metadata.parquet
+$ python tests/bench/bench_clean.py images encode      # stored JPEG against WebP and 512-pixel PNGs; prompts a second by precision
+Goals of dedup: >= 3 x faster than (b), >= 25 x than (a), 0 differences from brute force, peak memory <= 3 x (N x 384 x 4) bytes + 1 GiB.
+"""
+import argparse
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+import clean  # noqa: E402
+
+PROMPTS = ROOT.parent / "shared/data/prompts/prompts.parquet"
+
+
+def clusters(n, seed=0):
+    """Unit vectors with the near-duplicates of real prompts: about 3 rows in 10 kept at 0.85. float32 (n, 384)"""
+    rng = np.random.default_rng(seed)
+    sizes = rng.zipf(1.7, n).clip(max=n // 50)
+    centre = np.repeat(np.arange(n), sizes)[:n]
+    x = rng.standard_normal((centre.max() + 1, 384), dtype=np.float32)[centre] + rng.uniform(.1, .6, (n, 1)).astype(np.float32) * rng.standard_normal((n, 384), dtype=np.float32)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)[rng.permutation(n)]
+
+
+def public(x, threshold, k=5000):
+    """(a) The recipe that public solutions share: each row's k nearest by faiss, rows whose list has an earlier near one go; caps clusters at k."""
+    import faiss
+    index = faiss.IndexFlatIP(x.shape[1])
+    index.add(x)
+    gone = np.zeros(len(x), bool)
+    for start in range(0, len(x), 256):
+        score, hit = index.search(x[start:start + 256], min(k, len(x)))
+        for i, (s, h) in enumerate(zip(score, hit), start):
+            if not gone[i]:
+                gone[h[(s >= threshold) & (h > i)]] = True
+    return np.flatnonzero(~gone)
+
+
+def triangular(x, threshold, block=2048):
+    """(b) Every pair by float32 blocks of torch matmul, upper triangle only, then keep-one."""
+    import torch
+    x, gone = torch.from_numpy(x), np.zeros(len(x), bool)
+    for a in range(0, len(x), block):
+        for b in range(a, len(x), block):
+            near = (x[a:a + block] @ x[b:b + block].T >= threshold).numpy()
+            for i in np.flatnonzero(near.any(1)):
+                if not gone[a + i]:
+                    row = near[i].copy()
+                    row[:max(0, a + i - b + 1)] = False
+                    gone[b:b + block] |= row[:len(gone[b:b + block])]
+    return np.flatnonzero(~gone)
+
+
+def ours(x, threshold):
+    leader, _ = clean.keep_one(x, threshold)
+    return np.flatnonzero(leader == np.arange(len(x)))
+
+
+def brute(x, threshold):
+    """The definition: each row against the kept ones, one at a time, in NumPy; near the threshold in float64. -> kept rows"""
+    kept, store = [], np.empty_like(x)
+    for i, row in enumerate(x):
+        score = store[:len(kept)] @ row
+        close = np.flatnonzero(score > threshold - 1e-5)
+        if not len(close) or (store[close].astype(np.float64) @ row.astype(np.float64)).max() < threshold:
+            store[len(kept)] = row
+            kept.append(i)
+    return np.array(kept)
+
+
+def one(method, n, path, threshold):
+    """Run in a process of its own, so that peak memory is the method's: prints JSON."""
+    import faiss, torch  # noqa: E401, F401, loaded before the memory is read
+    x = np.load(path, mmap_mode="r")[:n].copy()
+    globals()[method](x[:2000], threshold)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    kept = globals()[method](x, threshold)
+    seconds = time.perf_counter() - start
+    np.save(f"{path}.{method}.{n}.npy", kept)
+    print(json.dumps({"seconds": seconds, "kept": len(kept), "gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 2**30 + x.nbytes / 2**30}))
+
+
+def dedup(args):
+    args.work.mkdir(parents=True, exist_ok=True)
+    path = args.work / "x.npy"
+    if PROMPTS.is_file() and args.real:
+        prompts = clean.repair(pl.read_parquet(PROMPTS)["prompt"]).to_frame().filter(pl.col("prompt").str.len_chars() > 0)
+        prompts = prompts.unique(maintain_order=True)["prompt"].head(max(args.rows))
+        np.save(path, clean.encode_cached(prompts, cache=args.work / "cache"))
+    else:
+        np.save(path, clusters(max(args.rows)))
+    print(f"{'real prompts' if PROMPTS.is_file() and args.real else 'synthetic clusters'}, threshold {args.threshold}, {os.cpu_count()} cores")
+    print(f"{'rows':>8}  {'method':<12}{'seconds':>9}{'ratio':>8}{'kept':>9}{'different':>11}{'GiB':>7}")
+    times = {}
+    for n in args.rows:
+        if n <= args.brute:
+            subprocess.run([sys.executable, __file__, "one", "--method", "brute", "--rows", str(n), "--path", path, "--threshold", str(args.threshold)], check=True, capture_output=True)
+        for method in ("ours", "triangular", "public"):
+            if method == "public" and n > args.public:
+                continue
+            done = subprocess.run([sys.executable, __file__, "one", "--method", method, "--rows", str(n), "--path", path, "--threshold", str(args.threshold)],
+                                  check=True, capture_output=True, text=True)
+            r = json.loads(done.stdout.splitlines()[-1])
+            times.setdefault(method, []).append((n, r["seconds"]))
+            mine = np.load(f"{path}.{method}.{n}.npy")
+            wrong = len(np.setxor1d(mine, np.load(f"{path}.brute.{n}.npy"))) if n <= args.brute else "-"
+            print(f"{n:>8}  {method:<12}{r['seconds']:>9.2f}{r['seconds'] / times['ours'][-1][1]:>8.1f}{r['kept']:>9}{wrong:>11}{r['gib']:>7.2f}", flush=True)
+    if len(times["ours"]) > 1:
+        n, t = np.log(np.array(times["ours"])).T
+        slope, base = np.polyfit(n, t, 1)
+        print(f"ours grows as rows^{slope:.2f}; 2M rows: about {np.exp(base + slope * np.log(2e6)) / 3600:.1f} h on these cores")
+
+
+def metadata(args):
+    """A DiffusionDB metadata.parquet with the true schema, 1.5M distinct prompts in 2M rows, through the rules that need no encoder."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    n, rng = args.metadata_rows, np.random.default_rng(0)
+    source = pl.read_parquet(PROMPTS)["prompt"] if PROMPTS.is_file() else pl.Series([f"a painting of thing {i} by artist {i % 977}, trending on artstation" for i in range(150_000)])
+    pick = rng.integers(0, n * 3 // 4, n)
+    prompt = pl.DataFrame({"a": source.gather(pick % len(source)), "b": pick // len(source)}).select(pl.concat_str("a", pl.lit(", study "), "b")).to_series()
+    pl.DataFrame({
+        "image_name": pl.Series(np.arange(n)).cast(pl.String) + ".png", "prompt": prompt, "part_id": pl.Series(np.arange(n) // 1000 + 1, dtype=pl.UInt16),
+        "seed": pl.Series(rng.integers(0, 2**32, n), dtype=pl.UInt32), "step": pl.Series(np.full(n, 50), dtype=pl.UInt16), "cfg": pl.Series(np.full(n, 7), dtype=pl.Float32),
+        "sampler": pl.Series(np.full(n, 8), dtype=pl.UInt8), "width": pl.Series(rng.choice([512, 704, 1024], n), dtype=pl.UInt16),
+        "height": pl.Series(np.full(n, 512), dtype=pl.UInt16), "user_name": pl.Series(["deleted_account"] * n), "timestamp": pl.Series([None] * n, dtype=pl.Datetime("us", "UTC")),
+        "image_nsfw": pl.Series(rng.choice([.1, 2.0], n, p=[.95, .05]), dtype=pl.Float32), "prompt_nsfw": pl.Series(rng.random(n), dtype=pl.Float32),
+    }).write_parquet(args.work / "metadata.parquet")
+    code = """import sys, time, resource; sys.path.insert(0, sys.argv[1]); import clean
+def stop(*_, **__):
+    print(f"{time.perf_counter() - start:.1f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"); sys.exit()
+clean.encode_cached = stop; start = time.perf_counter(); sys.argv = ["clean.py", sys.argv[2], "--text-only", "--out", sys.argv[3]]; clean.main()"""
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(args.work / "metadata.parquet"), str(args.work / "out")], capture_output=True, text=True)
+    print(f"{n:,} metadata rows to the list of distinct prompts:", done.stdout.splitlines()[-1] if done.stdout else done.stderr)
+
+
+def images(args):
+    """What the stored form costs: time to write and to read, size, and error against the shrunk picture; on smooth noise, 512 x 512 to 336."""
+    from PIL import Image, ImageFilter
+    rng, rows = np.random.default_rng(0), []
+    pairs = ROOT.parent / "shared/data/pairs/images"
+    files = sorted(pairs.iterdir())[::150][:24] if pairs.is_dir() else []
+    pictures = [clean.open_rgb(f).resize((512, 512), Image.BICUBIC) for f in files] or [
+        Image.fromarray(rng.integers(0, 255, (512, 512, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(3)) for _ in range(24)]
+    small = [p.resize((336, 336), Image.BICUBIC) for p in pictures]
+    for name, source, kwargs in (("512 PNG", pictures, {"format": "PNG"}), ("336 JPEG 95", small, {"format": "JPEG", "quality": 95}), ("336 JPEG 90", small, {"format": "JPEG", "quality": 90}),
+                                 ("336 WebP 95", small, {"format": "WEBP", "quality": 95}), ("336 WebP lossless", small, {"format": "WEBP", "lossless": True})):
+        stored = [io.BytesIO() for _ in source]
+        start = time.perf_counter()
+        for p, f in zip(source, stored):
+            p.save(f, **kwargs)
+        write, start, reads = time.perf_counter() - start, time.perf_counter(), 5
+        for _ in range(reads):
+            back = [clean.open_rgb(io.BytesIO(f.getvalue())) for f in stored]
+        read = (time.perf_counter() - start) / reads
+        error = np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(source, back)])
+        rows.append({"stored as": name, "KB": np.mean([len(f.getvalue()) for f in stored]) / 1000, "write ms": write * 1000 / len(source), "read ms": read * 1000 / len(source), "mean error of 255": error})
+    with pl.Config(float_precision=2, tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True):
+        print(f"{len(pictures)} {'pictures' if files else 'synthetic pictures'}, one process", pl.DataFrame(rows).with_columns(speed=rows[0]["read ms"] / pl.col("read ms")), sep="\n")
+
+
+def encode(args):
+    import torch
+    prompts = pl.read_parquet(PROMPTS)["prompt"].head(args.encode_rows) if PROMPTS.is_file() else pl.Series([f"a painting of thing {i} by artist {i % 977}" for i in range(args.encode_rows)])
+    reference = None
+    encoder, _ = clean.load_encoder()
+    for precision, cast in (("fp32", encoder.float), ("bf16", encoder.bfloat16), *([("fp16", encoder.half)] if torch.cuda.is_available() else [])):
+        cast()
+        clean.encode(prompts[:256], encoder)
+        start = time.perf_counter()
+        x = clean.encode(prompts, encoder, 512 if torch.cuda.is_available() else 128)
+        seconds, reference = time.perf_counter() - start, x if reference is None else reference
+        print(f"encode {precision}: {len(prompts) / seconds:,.0f} prompts/s, largest cosine error {(1 - (x * reference).sum(1)).max():.1e}")
+        if precision == "bf16":
+            encoder, _ = clean.load_encoder()
+
+
+def main():
+    p = argparse.ArgumentParser(description="Measure clean.py.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("what", nargs="+", choices=["dedup", "metadata", "images", "encode", "one"])
+    p.add_argument("--rows", type=int, nargs="+", default=[25_000, 50_000, 100_000], help="sizes for dedup")
+    p.add_argument("--threshold", type=float, default=0.85)
+    p.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="real prompts where ../shared/data is there, encoded once; off = synthetic clusters")
+    p.add_argument("--public", type=int, default=25_000, help="most rows for the public recipe, which is slow")
+    p.add_argument("--brute", type=int, default=50_000, help="most rows for brute force, which is slower")
+    p.add_argument("--metadata-rows", type=int, default=2_000_000)
+    p.add_argument("--encode-rows", type=int, default=2048)
+    p.add_argument("--work", type=Path, default=Path("data/bench"), help="folder for what is made on the way")
+    p.add_argument("--method", help=argparse.SUPPRESS)
+    p.add_argument("--path", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.what == ["one"]:
+        return one(args.method, args.rows[0], args.path, args.threshold)
+    for what in args.what:
+        {"dedup": dedup, "metadata": metadata, "images": images, "encode": encode}[what](args)
+
+
+if __name__ == "__main__":
+    main()
