@@ -4,17 +4,25 @@ Reads data/NAME (clean.py); writes runs/NAME/<phase>/{best.safetensors, last.pt,
 $ python train.py --phase lp                                             # the head, on frozen features computed once
 $ python train.py --phase ft                                             # everything, from the lp head
 $ python train.py --phase lp --data data/mine --model ViT-L-14-336 --pretrained openai
-$ python train.py --phase lp --data data/mine --model timm:mobilenetv2_100 --pretrained weights.safetensors
+$ python train.py --phase ft --data data/mine --layer-decay 0.6 --ema 0.9998 --batch-size 32 --accum-freq 4
+$ torchrun --standalone --nproc_per_node 4 train.py --phase ft --data data/mine
+All randomness is arithmetic: order and flips come from (seed, epoch), the rest from (seed, step), so a resumed run is the same run.
 """
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +31,22 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clean import atomic, load_encoder, open_rgb, read_data, run
 
 FORMAT = 1
-DEFAULTS = {  # by phase, where neither the command line nor the data folder says otherwise
-    "lp": {"lr": 1e-3, "epochs": 30, "batch_size": 256, "warmup": 50, "mixgen": 0.0},
-    "ft": {"lr": 1e-5, "epochs": 3, "batch_size": 64, "warmup": 200, "mixgen": 0.25},
+DTYPES = {"amp_bf16": torch.bfloat16, "amp": torch.float16, "fp32": torch.float32}
+FREE = {"workers", "resume", "overwrite", "log_every", "save_every", "out", "data", "report_to", "asked", "dry_run"}  # may change on --resume
+DEFAULTS = {  # by phase, where neither the command line nor the data folder says otherwise; the README shows the evidence
+    "lp": {"lr": 1e-3, "epochs": 30, "batch_size": 256, "warmup": 50, "hflip": 0.0, "mixgen": 0.0, "ema": 0.0},
+    "ft": {"lr": 1e-5, "epochs": 3, "batch_size": 64, "warmup": 200, "hflip": 0.0, "mixgen": 0.0, "ema": 0.0},
 }
 
 
@@ -45,8 +59,12 @@ def build_tower(spec):
         return timm_tower(spec["model"][5:], spec["image_size"], spec["kwargs"])
     from open_clip.model import _build_vision_tower  # the visual half alone: no text tower in memory
     tower = _build_vision_tower(spec["config"]["embed_dim"], {**spec["config"]["vision_cfg"], "image_size": spec["image_size"]}, spec["quick_gelu"])
-    if getattr(tower, "proj", None) is not None:
-        tower.proj = None  # pooled features before the contrastive projection: 1024 for L/14, as in the public recipe
+    if not spec.get("proj"):  # pooled features before the contrastive projection: 1024 for L/14, as in the public recipe
+        if getattr(tower, "proj", None) is not None:
+            tower.proj = None
+        for name in ("drop", "proj", "mlp"):  # open_clip's wrapper of a timm tower
+            if hasattr(getattr(tower, "head", None), name):
+                delattr(tower.head, name)
     return tower
 
 
@@ -79,7 +97,8 @@ def resize_positions(state, module):
 
 def make_tower(args):
     """Command line -> (tower with its pretrained weights, spec). The spec goes into the checkpoint and is all that predict.py needs."""
-    spec = {"model": args.model, "pretrained": args.pretrained, "kwargs": parse_kwargs(args.model_kwargs)}
+    spec = {"model": args.model, "pretrained": args.pretrained, "kwargs": parse_kwargs(args.model_kwargs), "proj": args.proj}
+    optional = ("classifier.", "fc.", "head.") if args.proj else ("proj", "classifier.", "fc.", "head.")
     file = args.pretrained if Path(args.pretrained).is_file() else None
     if args.model.startswith("timm:"):
         import timm
@@ -121,13 +140,13 @@ def make_tower(args):
                 full = open_clip.create_model(name, pretrained=args.pretrained, force_quick_gelu=quick, force_image_size=size)
             except Exception as e:
                 sys.exit(f"--pretrained {args.pretrained}: cannot be loaded ({str(e).splitlines()[0]}); give a weights file instead")
-            load_strict(tower, full.visual.state_dict(), args.pretrained, optional=("proj",))
+            load_strict(tower, full.visual.state_dict(), args.pretrained, optional)
     spec |= {"image_size": size, "mean": list(args.image_mean or spec["mean"]), "std": list(args.image_std or spec["std"])}
     if file:
         state = read_weights(file)
         if any(k.startswith("visual.") for k in state):  # a whole CLIP: take the visual half
             state = {k[7:]: v for k, v in state.items() if k.startswith("visual.")}
-        load_strict(tower, resize_positions(state, tower), file, optional=("proj", "classifier.", "fc.", "head."))
+        load_strict(tower, resize_positions(state, tower), file, optional)
     return tower, spec
 
 
@@ -168,6 +187,23 @@ def load_strict(module, state, name, optional=()):
     module.load_state_dict({k: state.get(k, wanted[k]) for k in wanted})
 
 
+class SharedBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the rows of all processes, as one process would see them. torch's SyncBatchNorm refuses CPUs, where tests run."""
+
+    def forward(self, x):  # (B, D)
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        x, world = x.float(), dist.get_world_size()
+        mean = all_reduce(x.mean(0)) / world  # differentiable: the gradient is reduced too
+        var = all_reduce((x - mean).square().mean(0)) / world
+        with torch.no_grad():
+            n = len(x) * world
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
 class Net(nn.Module):
     """tower -> head -> unit-norm embedding. uint8 or normalised float images (B, 3, S, S) -> (B, 384)."""
 
@@ -179,7 +215,7 @@ class Net(nn.Module):
         if head == "linear":
             self.head = nn.Linear(features, dim)
         else:
-            self.head = nn.Sequential(nn.Linear(features, width * 1024), nn.BatchNorm1d(width * 1024), nn.ReLU(), nn.Linear(width * 1024, dim))
+            self.head = nn.Sequential(nn.Linear(features, width * 1024), SharedBatchNorm(width * 1024), nn.ReLU(), nn.Linear(width * 1024, dim))
         for layer in self.head.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -195,6 +231,58 @@ class Net(nn.Module):
 
     def embed(self, features):
         return F.normalize(self.head(features).float(), dim=-1)
+
+
+def depths(net):
+    """{parameter name: depth}: 0 the stem, then one per block, the head last. Layer decay and --unfreeze-from count in these; a norm
+    after the last block belongs to it. Blocks come from timm's own group_matcher, for open_clip's towers from their names."""
+    tower, prefix = (net.tower.trunk, "tower.trunk.") if hasattr(net.tower, "trunk") else (net.tower, "tower.")
+    if hasattr(tower, "group_matcher"):
+        from timm.models import group_parameters
+        found = group_parameters(tower, tower.group_matcher(coarse=False), reverse=True)
+    else:
+        found, blocks = {}, {}
+        names = [n for n, _ in tower.named_parameters()]
+        for name in names:  # ViT: transformer.resblocks.7. · ResNet: layer3.5.
+            block = re.match(r"transformer\.resblocks\.\d+\.|layer\d+\.\d+\.", name)
+            if block:
+                blocks.setdefault(block[0], len(blocks) + 1)
+            found[name] = blocks[block[0]] if block else len(blocks)
+        if not blocks:
+            sys.exit(f"{type(tower).__name__}: its blocks are not known, so there is no --layer-decay or --unfreeze-from for it")
+    rank = {d: i for i, d in enumerate(sorted(set(found.values())))}
+    found = {prefix + n: rank[d] for n, d in found.items()}
+    last = max(found.values())
+    return {n: last + 1 if n.startswith("head.") else found.get(n, last) for n, _ in net.named_parameters()}
+
+
+def param_groups(net, lr, wd, decay=1.0, unfreeze_from=0, head_only=False):
+    """AdamW groups, one per depth and weight decay: lr * decay ** (distance from the head); matrices decay, biases and norms do not.
+    Depths below unfreeze_from are frozen (no gradient, no group)."""
+    depth = depths(net) if decay != 1 or unfreeze_from else {n: int(n.startswith("head.")) for n, _ in net.named_parameters()}
+    top, groups = max(depth.values()), {}
+    if not 0 <= unfreeze_from <= top:
+        sys.exit(f"--unfreeze-from {unfreeze_from}: this tower has depths 0 (the stem) to {top} (the head)")
+    for name, p in net.named_parameters():
+        d = depth[name]
+        p.requires_grad_(d == top if head_only else d >= unfreeze_from)
+        if p.requires_grad:
+            group = {"depth": d, "peak": lr * decay ** (top - d), "weight_decay": wd if p.ndim > 1 else 0.0, "params": []}
+            groups.setdefault((d, p.ndim > 1), group)["params"].append(p)
+    return [groups[k] for k in sorted(groups)]
+
+
+def drop_patches(tower, p):
+    """FLIP (arXiv 2212.00794): in training a share p of the patches is left out, so a step costs about that much less. ViTs only."""
+    inner = getattr(tower, "trunk", tower)
+    if hasattr(inner, "patch_dropout"):
+        from open_clip.transformer import PatchDropout
+        inner.patch_dropout = PatchDropout(p)
+    elif hasattr(inner, "patch_drop"):
+        from timm.layers import PatchDropout
+        inner.patch_drop = PatchDropout(p, num_prefix_tokens=inner.num_prefix_tokens)
+    else:
+        sys.exit(f"--patch-dropout: {type(inner).__name__} has no patches to drop")
 
 
 def save_net(net, meta, path):
@@ -233,6 +321,10 @@ def load_net(path, image_size=None):
 
 # ------------------------------------------------------------------------------------------------------------- the data
 
+class BadPicture(Exception):
+    """A picture that clean.py could read and we cannot."""
+
+
 class Pictures(Dataset):
     """Pictures as the tower wants them: short side to S, centre crop. -> uint8 tensor (3, S, S)."""
 
@@ -244,7 +336,10 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return to_square(open_rgb(self.paths[i]), self.size, self.filter)
+        try:
+            return to_square(open_rgb(self.paths[i]), self.size, self.filter)
+        except Exception as e:  # decoders raise whatever they like; a training row is never replaced by another
+            raise BadPicture(f"{self.paths[i]}: unreadable ({e}); make the data folder again with clean.py --overwrite") from None
 
 
 def to_square(image, size, resample):
@@ -259,23 +354,27 @@ def to_square(image, size, resample):
 
 
 class TrainPairs(Dataset):
-    """Row i -> (uint8 picture, target, prompt, flip?). Augmentation comes from (seed, epoch, row): workers and resume change nothing."""
+    """(row, flip) -> what collate stacks. The plan of the run says which rows and which flips, so workers and resume change nothing."""
 
-    def __init__(self, pictures, targets, prompts, hflip, seed, epoch):
+    def __init__(self, pictures, targets, prompts):
         self.pictures, self.targets, self.prompts = pictures, targets, prompts
-        self.hflip, self.seed, self.epoch = hflip, seed, epoch
 
-    def __getitem__(self, i):
-        flip = self.hflip > 0 and np.random.default_rng((self.seed, self.epoch, i)).random() < self.hflip
-        return self.pictures[i], self.targets[i], self.prompts[i], flip
+    def __getitem__(self, item):
+        row, flip = item
+        return self.pictures[row], self.targets[row], flip, self.prompts[row], row
 
 
-def collate(rows, mixed=0, tokenize=None):
-    """Stack a batch; the prompts that MixGen joins are tokenised here, in the loader's workers."""
-    images, targets, prompts, flips = zip(*rows)
-    m = min(mixed, len(rows) // 2)
-    tokens = tokenize([f"{a} {b}" for a, b in zip(prompts[:m], prompts[m:2 * m])]) if m else None
-    return torch.stack(images), torch.from_numpy(np.stack(targets)), torch.tensor(flips), tokens
+def collate(items, mixed=0, tokenize=None):
+    """-> pictures, targets, flips, tokens of the prompts that MixGen joins (tokenised here, in the loader's workers) or None, rows."""
+    pictures, targets, flips, prompts, rows = zip(*items)
+    tokens = dict(tokenize([f"{a} {b}" for a, b in zip(prompts[:mixed], prompts[mixed:2 * mixed])])) if mixed else None
+    return torch.stack(pictures), torch.from_numpy(np.stack(targets)), torch.tensor(flips), tokens, torch.tensor(rows)
+
+
+def ignore_signals(_):
+    """Loader workers leave Ctrl-C to the parent, which finishes its step and saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def mixgen(images, targets, joined, lam=0.5):
@@ -286,28 +385,67 @@ def mixgen(images, targets, joined, lam=0.5):
     return torch.cat([mixed, images[m:]]), torch.cat([joined, targets[m:]])
 
 
-def extract_features(net, spec, data, paths, hflip, args, device, autocast):
-    """Frozen tower features of every row, computed once: memmap (views, N, D); view 1 is the mirror image. Cached by tower, weights,
-    transform and data, so a second lp run starts at once."""
-    digest = hashlib.sha256(json.dumps([spec, data, hflip > 0, args.precision], sort_keys=True).encode())
+def extract_features(net, spec, data, paths, views, args, device, dtype, rank, world):
+    """Frozen tower features of every row, computed once: memmap (views, N, D), float16 where computed in 16 bits; view 1 is the mirror image.
+    Cached by tower, weights, transform and data. Whole batches are shared out over the processes, so their number changes no byte."""
+    digest = hashlib.sha256(json.dumps([spec, data, len(paths), views, str(dtype)], sort_keys=True).encode())
     for name, tensor in sorted(net.tower.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
     file = Path(args.out).parent / f".features/{digest.hexdigest()[:32]}.npy"
     if not file.is_file():
-        net.to(device).eval()
-        loader = DataLoader(Pictures(paths, spec), args.batch_size, num_workers=args.workers, generator=torch.Generator())
-        out, done = None, 0
-        with atomic(file) as f, torch.inference_mode():
-            for x in tqdm(loader, desc="features", unit="batch"):
-                x = net.pixels(x.to(device, non_blocking=True))
-                with autocast():
-                    views = [net.tower(v).float().cpu().numpy() for v in ([x, x.flip(-1)] if hflip > 0 else [x])]
-                if out is None:
-                    out = np.lib.format.open_memmap(f.name, "w+", np.float32, (len(views), len(paths), views[0].shape[1]))
-                out[:, done:done + len(x)] = views
-                done += len(x)
-            out.flush()
+        # cast once, not by autocast at every batch; BatchNorm statistics do not survive 16 bits
+        tower = copy.deepcopy(net.tower).to(device, dtype, memory_format=torch.channels_last).eval()
+        for layer in tower.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.float()
+        if args.compile:
+            tower.compile()
+        rows = [list(range(i, min(i + args.batch_size, len(paths)))) for i in range(0, len(paths), args.batch_size)][rank::world]
+        loader = DataLoader(Pictures(paths, spec), batch_sampler=rows, num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+                            generator=torch.Generator())
+        store = np.float32 if dtype == torch.float32 else np.float16
+        part = file.with_suffix(".part")
+        if rank == 0:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(part, "w+", store, (views, len(paths), next(net.head.parameters()).shape[1])).flush()
+        wait(world)
+        out = np.load(part, mmap_mode="r+")
+        with torch.inference_mode():
+            for i, x in zip(rows, tqdm(loader, desc="features", unit="batch", disable=rank > 0)):
+                x = net.pixels(x.to(device, non_blocking=True)).to(dtype, memory_format=torch.channels_last)
+                for view in range(views):
+                    features = tower(x.flip(-1) if view else x).float().cpu().numpy().astype(store)
+                    if not np.isfinite(features).all():
+                        sys.exit(f"{paths[i[int(np.argmin(np.isfinite(features).all(1)))]]}: its features are not finite; wrong --pretrained? else try --precision fp32")
+                    out[view, i] = features
+        out.flush()
+        wait(world)
+        if rank == 0:
+            os.replace(part, file)
+        wait(world)
     return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def ridge(features, targets, val_features, val_targets, block=65536):
+    """Ridge regression in closed form: features [(N, D), ...] one per view, targets (N, E) -> weight (E, D), bias (E,), lambda, cosine on val.
+    One eigendecomposition of the covariance serves the whole grid of lambdas."""
+    def blocks():
+        for x in features:
+            for i in range(0, len(x), block):
+                yield torch.from_numpy(np.asarray(x[i:i + block], np.float64)), torch.from_numpy(targets[i:i + block]).double()
+
+    n = len(targets) * len(features)
+    mean_x, mean_y = sum(x.sum(0) for x, _ in blocks()) / n, sum(y.sum(0) for _, y in blocks()) / n
+    xx, xy = sum((x - mean_x).T @ (x - mean_x) for x, _ in blocks()), sum((x - mean_x).T @ (y - mean_y) for x, y in blocks())
+    values, vectors = torch.linalg.eigh(xx)
+    xy = vectors.T @ xy  # (D, E) in the eigenbasis
+    x, y = (torch.from_numpy(np.asarray(val_features, np.float64)) - mean_x) @ vectors, torch.from_numpy(val_targets)
+    scores = {}
+    for lam in (values.mean() * torch.logspace(-5, 3, 25, dtype=torch.float64)).tolist():
+        scores[lam] = cosine(F.normalize(x @ (xy / (values + lam)[:, None]) + mean_y, dim=-1), y).mean().item()
+    lam = max(scores, key=scores.get)
+    weight = (vectors @ (xy / (values + lam)[:, None])).T
+    return weight.float(), (mean_y - weight @ mean_x).float(), lam, scores[lam]
 
 
 # --------------------------------------------------------------------------------------------------------- optimisation
@@ -319,20 +457,71 @@ def lr_at(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+def ema_at(step, decay):
+    """EMA decay at a step: rises to `decay`, so that a short run does not average over its start."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 def cosine(predicted, targets):
     return (predicted.float() * targets.float()).sum(-1)
 
 
-def pick_precision(name, device):
-    """-> (autocast context factory, GradScaler, name). auto: bf16 where the hardware has it, else fp16 on a GPU, float32 on a CPU."""
+def pick_precision(name, device, net=None):
+    """-> (autocast context factory, GradScaler, name). auto: bf16 where the hardware has it, else fp16 on a GPU, float32 on a CPU;
+    float32 too for depthwise convolutions on a CPU, which are slower in bf16 (MobileNetV2: by a third)."""
     if name == "auto":
         if device.type == "cuda":
             name = "amp_bf16" if torch.cuda.get_device_capability()[0] >= 8 else "amp"
         else:
             flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-            name = "amp_bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-    dtype = {"amp_bf16": torch.bfloat16, "amp": torch.float16, "fp32": torch.float32}[name]
+            depthwise = net is not None and any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in net.modules())
+            name = "amp_bf16" if ("avx512_bf16" in flags or "amx_bf16" in flags) and not depthwise else "fp32"
+    dtype = DTYPES[name]
     return (lambda: torch.autocast(device.type, dtype, enabled=name != "fp32")), torch.amp.GradScaler(device.type, enabled=name == "amp"), name
+
+
+def wait(world):
+    if world > 1:
+        dist.barrier()
+
+
+def add_up(values, world, device):
+    """Sums of numbers over all processes -> list."""
+    x = torch.tensor(values, dtype=torch.float64, device=device)
+    if world > 1:
+        dist.all_reduce(x)
+    return x.tolist()
+
+
+def agree(stopping, saving, world):
+    """The largest of every process's flags: all stop after the same step. On the host, so nothing waits for the GPU."""
+    flags = torch.tensor([stopping, saving], dtype=torch.int64)
+    if world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.tolist()
+
+
+def memory(device):
+    """Peak GiB so far: of the GPU, or of this process."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def check_finite(recent, names, world):
+    """recent: [(step, rows, cosines, gradient norm or None), ...] since the last look. Exits on every process, with the first bad step and its pictures.
+    The looks are rare because each one waits for the device; the update of a bad step was skipped there, so nothing is lost in between."""
+    if all(torch.isfinite(t).all() for _, _, cos, norm in recent for t in (cos, norm) if t is not None) and world == 1:
+        return
+    bad = [(step, [names[i] for i in rows[~torch.isfinite(cos).cpu()].tolist()], norm if norm is None else norm.item())
+           for step, rows, cos, norm in recent if not all(torch.isfinite(t).all() for t in (cos, norm) if t is not None)]
+    if world > 1:
+        lists = [None] * world
+        dist.all_gather_object(lists, bad)
+        bad = [b for found in lists for b in found]
+    if bad:
+        step = min(b[0] for b in bad)
+        ids = sorted({i for s, ids, _ in bad if s == step for i in ids})
+        sys.exit(f"step {step}: {'loss' if ids else 'gradient'} not finite, stopped before its update; {f'pictures: {chr(44).join(ids[:8])}' if ids else 'every loss was finite'}. "
+                 "The checkpoints on disk are good: --resume goes on from them; lower --lr, or try --precision fp32")
 
 
 def draw_curve(file, out, baseline):
@@ -356,6 +545,42 @@ def draw_curve(file, out, baseline):
     plt.close(fig)
 
 
+def open_report(name, folder, args):
+    """--report-to -> a function that takes one row of metrics.jsonl. The package is imported here, when it is wanted."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder)
+            return lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if k != "step"] and writer.flush()
+        if name == "wandb":
+            import wandb
+            wandb.init(project="image2prompt", dir=folder, name=str(folder), config=vars(args))
+            return lambda row: wandb.log(row, step=row["step"])
+    except ImportError:
+        sys.exit(f"--report-to {name}: not installed; pip install {name}")
+    return lambda row: None
+
+
+def describe(net, groups, spec, args, device, autocast):
+    """--dry-run: what will be trained, at what lr, and what a step costs."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for g in groups:
+        print(f"  depth {g['depth']:>3} · lr {g['peak']:.2e} · weight decay {g['weight_decay']:g} · {sum(p.numel() for p in g['params']):>12,} parameters")
+    x = torch.zeros(2, 3, spec["image_size"], spec["image_size"], dtype=torch.uint8, device=device)
+    net.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        net(x)
+    kept = {}  # what autograd keeps for the backward pass, by storage: saved twice is stored once
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t, lambda t: t), autocast():
+        net(x).sum()
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    activations = sum(n for k, n in kept.items() if k not in own) / len(x) * args.batch_size
+    trained = sum(p.numel() for g in groups for p in g["params"])
+    state = 4 * (sum(p.numel() for p in net.parameters()) * (2 if args.ema else 1) + 3 * trained)  # weights, EMA; gradient and two moments
+    print(f"  {flops.get_total_flops() / len(x) / 1e9:.2f} GFLOP per image forward ({3 + args.grad_checkpointing} times that to train) · memory, estimated: "
+          f"{state / 2**30:.2f} GiB weights and optimiser + {activations / 2**30:.2f} GiB activations at --batch-size {args.batch_size}")
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def parse_args(argv=None):
@@ -368,238 +593,404 @@ def parse_args(argv=None):
     p.add_argument("--init", default=None, metavar="PATH", help="ft: checkpoint or run to start from; unset = the lp phase of --out, none = a cold start")
     p.add_argument("--seed", type=int, default=0, help="of initialisation, data order and augmentation")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
-    g = p.add_argument_group("model")
+    p.add_argument("--dry-run", action="store_true", help="print the model, every group's lr, FLOPs and memory, run one step, write nothing")
+    g = p.add_argument_group("model (ft takes it from its start)")
     g.add_argument("--model", default=None, help="open_clip name, timm:NAME, or an open_clip .json; unset = what the data folder recommends (ViT-L-14; the demo: a small one)")
     g.add_argument("--pretrained", default=None, help="open_clip or timm tag, a weights file, or none; unset = what the data folder recommends (openai)")
     g.add_argument("--model-kwargs", nargs="*", default=[], metavar="K=V", help="extra arguments of the timm model")
     g.add_argument("--force-quick-gelu", action="store_true", help="for OpenAI-style weights files without a tag")
-    g.add_argument("--image-size", type=int, default=None, help="pixels; unset = the tower's own")
+    g.add_argument("--proj", action="store_true", help="features after the contrastive projection instead of before")
+    g.add_argument("--image-size", type=int, default=None, help="pixels; unset = the tower's own; ft may use more than lp")
     g.add_argument("--image-mean", type=float, nargs=3, default=None, help="unset = the tower's own")
     g.add_argument("--image-std", type=float, nargs=3, default=None, help="unset = the tower's own")
-    g.add_argument("--head", choices=["linear", "mlp"], default="linear", help="mlp: 16*1024 wide, BatchNorm, ReLU")
+    g.add_argument("--head", choices=["linear", "mlp"], default=None, help="unset = linear; mlp: 1024 --head-width wide, BatchNorm, ReLU")
     g.add_argument("--head-width", type=int, default=16, help="of the mlp head, in units of 1024")
+    g.add_argument("--head-init", choices=["xavier", "ridge"], default="xavier", help="lp, linear: ridge starts from the closed form")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=None, help="unset = 30 for lp, 3 for ft")
-    g.add_argument("--batch-size", type=int, default=None, help="unset = 256 for lp, 64 for ft")
-    g.add_argument("--lr", type=float, default=None, help="peak learning rate; unset = 1e-3 for lp, 1e-5 for ft")
+    g.add_argument("--epochs", type=int, default=None, help=unset("epochs"))
+    g.add_argument("--batch-size", type=int, default=None, help=f"of one micro-batch on one device; {unset('batch_size')}")
+    g.add_argument("--accum-freq", type=int, default=1, help="micro-batches per step; raise it when you lower --batch-size")
+    g.add_argument("--lr", type=float, default=None, help=f"peak learning rate; {unset('lr')}")
     g.add_argument("--wd", type=float, default=0.01, help="weight decay of matrices; biases and norms have none")
-    g.add_argument("--warmup", type=int, default=None, help="steps; unset = 50 for lp, 200 for ft")
+    g.add_argument("--warmup", type=int, default=None, help=f"steps; {unset('warmup')}")
     g.add_argument("--grad-clip-norm", type=float, default=1.0, help="0 = off")
-    g.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability of a mirror image")
-    g.add_argument("--mixgen", type=float, default=None, metavar="FRACTION", help="of a batch that MixGen blends, at most 0.5; ft only; unset = 0.25")
-    g.add_argument("--precision", choices=["auto", "amp_bf16", "amp", "fp32"], default="auto", help="auto: bf16 where the hardware has it")
+    g.add_argument("--hflip", type=float, default=None, metavar="P", help=f"probability of a mirror image; {unset('hflip')}")
+    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where the hardware has it")
+    g.add_argument("--compile", action="store_true", help="torch.compile, in place; pays off from some hundred steps on")
+    g = p.add_argument_group("ft")
+    g.add_argument("--mixgen", type=float, default=None, metavar="FRACTION", help=f"of a batch that MixGen blends, at most 0.5; {unset('mixgen')}")
+    g.add_argument("--layer-decay", type=float, default=1.0, help="factor on the lr per block, from the head down; the medals used 0.4 to 0.6")
+    g.add_argument("--unfreeze-from", type=int, default=0, metavar="DEPTH", help="freeze what lies below this depth (0 the stem, then one per block; --dry-run lists them)")
+    g.add_argument("--ema", type=float, default=None, metavar="DECAY", help=f"average of the weights, validated and saved too; 0.9998 for long runs; {unset('ema')}")
+    g.add_argument("--wise", type=float, default=None, metavar="ALPHA", help="validate and save (1 - ALPHA) start + ALPHA trained too (WiSE-FT, arXiv 2109.01903)")
+    g.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=None, help="keep the tower's BatchNorm statistics; unset = for pretrained towers")
+    g.add_argument("--patch-dropout", type=float, default=0.0, metavar="P", help="share of the patches left out in training")
+    g.add_argument("--grad-checkpointing", action="store_true", help="a third more time, far less memory")
+    g = p.add_argument_group("watching")
     g.add_argument("--log-every", type=int, default=20, help="steps")
     g.add_argument("--save-every", type=float, default=5, help="minutes between writes of last.pt")
+    g.add_argument("--report-to", choices=["tensorboard", "wandb"], default=None, help="besides metrics.jsonl")
     return p.parse_args(argv)
 
 
+def unset(key):
+    return f"unset = {DEFAULTS['lp'][key]:g} for lp, {DEFAULTS['ft'][key]:g} for ft"
+
+
 def fill_defaults(args, summary):
-    """Command line > what the data folder recommends > DEFAULTS; then everything cheap is checked."""
+    """Command line > what the data folder recommends > DEFAULTS; then everything cheap is checked. -> the folder of the phase"""
+    args.asked = args.model
     advice = summary["recommend"] if args.model in (None, summary["recommend"]["model"]) else {}
     for key, value in {**DEFAULTS[args.phase], **{k: v for k, v in advice.items() if not isinstance(v, dict)}, **advice.get(args.phase, {})}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.pretrained = args.pretrained or "openai"
     args.out = str(Path(args.out or f"runs/{Path(args.data).resolve().name}"))
-    if not 0 <= args.mixgen <= 0.5:
-        sys.exit(f"--mixgen {args.mixgen}: must be in [0, 0.5] (arXiv 2206.08358: M <= B/2)")
-    if not 0 <= args.hflip <= 1:
-        sys.exit(f"--hflip {args.hflip}: must be in [0, 1]")
-    if args.batch_size < 2 or args.epochs < 1 or args.lr <= 0 or args.workers < 0:
-        sys.exit("--batch-size must be at least 2, --epochs 1, --lr above 0, --workers 0 or more")
+    for name, low, high in (("mixgen", 0, 0.5), ("hflip", 0, 1), ("layer_decay", 1e-6, 1), ("ema", 0, 0.999999), ("patch_dropout", 0, 0.99), ("wise", 0, 1)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            sys.exit(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]" + (" (arXiv 2206.08358: M <= B/2)" if name == "mixgen" else ""))
+    for name, low in (("batch_size", 2), ("epochs", 1), ("accum_freq", 1), ("workers", 0), ("seed", 0), ("warmup", 0), ("log_every", 1), ("head_width", 1), ("image_size", 1)):
+        if (getattr(args, name) or low) < low:
+            sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
+    if not 0 < args.lr < math.inf:
+        sys.exit(f"--lr {args.lr}: must be above 0")
+    if args.head_init == "ridge" and (args.phase == "ft" or args.head == "mlp"):
+        sys.exit("--head-init ridge: is for --phase lp with --head linear")
     phase = Path(args.out) / args.phase
-    if (phase / "metrics.jsonl").exists() and not args.overwrite and not args.resume:
+    if (phase / "metrics.jsonl").exists() and not (args.overwrite or args.resume or args.dry_run):
         sys.exit(f"{phase}: a run is already there; --resume it, --overwrite it, or choose another --out")
     if args.resume and not (phase / "last.pt").is_file():
         sys.exit(f"{phase}: nothing to resume there (no last.pt)")
     return phase
 
 
+def load_last(path, args, same):
+    """last.pt -> dict. Refuses one that is damaged or belongs to other settings, other data or another number of processes (`same`)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        changed = [f"--{k.replace('_', '-')} {v}" for k, v in state["args"].items() if k not in FREE and getattr(args, k, None) != v]
+        changed += [f"{k} {v}" for k, v in state["same"].items() if same[k] != v]
+    except Exception as e:
+        sys.exit(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:120]}); start again with --overwrite")
+    if changed:
+        sys.exit(f"{path}: was made with other settings: {', '.join(changed)}")
+    return state
+
+
 def main():
     args = parse_args()
     pairs, targets, summary = read_data(args.data)
     phase = fill_defaults(args, summary)
+    lp = args.phase == "lp"
     if pairs["image"].null_count():
         sys.exit(f"{args.data}: has no images (made with --text-only)")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autocast, scaler, args.precision = pick_precision(args.precision, device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that half-written files go away
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1:  # gloo carries the flags of the hosts, so that agreeing does not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     torch.manual_seed(args.seed)
-    if args.overwrite:
+    if args.overwrite and rank == 0 and not args.dry_run:
         shutil.rmtree(phase, ignore_errors=True)
 
-    # rows: order in the arrays is the order of pairs.parquet
-    split = pairs["split"].to_numpy()
-    train, val = np.flatnonzero(split == "train"), np.flatnonzero(split == "val")
-    if len(train) < args.batch_size or not len(val):
-        sys.exit(f"{args.data}: {len(train)} training and {len(val)} validation rows; need at least --batch-size {args.batch_size} and 1")
-    paths = [str(Path(args.data) / p) for p in pairs["image"]]
-    prompts = pairs["prompt"].to_list()
+    # rows: order in the arrays is the order of pairs.parquet, without the guard rows
+    used = np.flatnonzero(pairs["split"].to_numpy() != "guard")
+    if args.dry_run and lp:  # one batch will do
+        split = pairs["split"].to_numpy()
+        used = np.sort(np.concatenate([np.flatnonzero(split == s)[:args.batch_size * args.accum_freq] for s in ("train", "val")]))
+    pairs, targets = pairs[used], np.array(targets[used])
+    split, names, prompts = pairs["split"].to_numpy(), pairs["image"].to_list(), pairs["prompt"].to_list()
+    train, held = np.flatnonzero(split == "train"), {s: np.flatnonzero(split == s) for s in ("val", "ood") if (split == s).any()}
+    batch = args.batch_size * args.accum_freq * (1 if lp else world)  # lp trains on one process: only the features are shared out
+    if len(train) < batch or "val" not in held:
+        sys.exit(f"{args.data}: {len(train)} training and {len(held.get('val', []))} validation rows; need at least {batch} (--batch-size times --accum-freq times processes) and 1")
     mean = torch.from_numpy(targets[train].mean(0))
-    baseline = cosine(F.normalize(mean, dim=0), torch.from_numpy(targets[val])).mean().item()
+    baseline = {s: cosine(F.normalize(mean, dim=0), torch.from_numpy(targets[rows])).mean().item() for s, rows in held.items()}
 
-    # the net: ft takes everything from its start, so --model there is only checked
-    head = {"head": args.head, "width": args.head_width, "dim": targets.shape[1]}
-    if args.phase == "lp" or args.init == "none":
+    # the net: ft takes everything from its start
+    if lp or args.init == "none":
         tower, spec = make_tower(args)
+        head = {"head": args.head or "linear", "width": args.head_width, "dim": targets.shape[1]}
         net = Net(tower, spec, **head)
     else:
         start = args.init or Path(args.out) / "lp"
         if not args.init and not (start / "best.safetensors").is_file():
             sys.exit(f"{start}: no lp phase to start from; run: python train.py --phase lp --data {args.data} --out {args.out}  (or --init PATH)")
-        net, meta = load_net(start)
+        net, meta = load_net(start, args.image_size)
         spec, head = meta["tower"], meta["head"]
         if meta["text_model"] != summary["text_model"]:
             sys.exit(f"{start}: was trained for {meta['text_model']['name']} targets, but {args.data} has {summary['text_model']['name']}")
-    meta = {"format": FORMAT, "phase": args.phase, "tower": spec, "head": head, "text_model": summary["text_model"], "data": args.data,
-            "data_hashes": summary["hashes"], "baseline": baseline, "n_val": len(val), "mean_target": mean.tolist()}
+        if args.asked not in (None, spec["model"]) or args.head not in (None, head["head"]):
+            sys.exit(f"{start}: holds {spec['model']} with a {head['head']} head; leave --model and --head out, or train that lp first")
+    autocast, scaler, args.precision = pick_precision(args.precision, device, net.tower)
+    meta = {"format": FORMAT, "phase": args.phase, "tower": spec, "head": head, "text_model": summary["text_model"], "data": args.data, "data_hashes": summary["hashes"],
+            "baseline": baseline["val"], "n_val": len(held["val"]), "mean_target": mean.tolist(), "seed": args.seed}
+    net.to(device, memory_format=torch.channels_last)
+    paths = [str(Path(args.data) / n) for n in names]
 
-    # where batches come from: cached features (lp) or pictures (ft). Order is a function of (seed, epoch), so resume is arithmetic.
-    per_epoch = len(train) // args.batch_size
-    total = args.epochs * per_epoch
-    lp = args.phase == "lp"
+    # lp works on cached features, and alone; ft on pictures
+    encoder, ema, forward, kinds = None, None, net, ["raw"]
+    groups = param_groups(net, args.lr, args.wd, args.layer_decay, args.unfreeze_from, head_only=lp)
+    params = [p for g in groups for p in g["params"]]
+    if args.dry_run and rank == 0:
+        describe(net, groups, spec, args, device, autocast)
     if lp:
-        features = extract_features(net, spec, summary["hashes"], paths, args.hflip, args, device, autocast)
-        encoder = tokenize = None
-        params = [(n, p) for n, p in net.head.named_parameters()]
-        net.tower.requires_grad_(False)
+        features = extract_features(net, spec, summary["hashes"], paths, 1 + (args.hflip > 0), args, device, DTYPES[args.precision], rank, world)
+        if world > 1:
+            dist.destroy_process_group()
+        if rank > 0:
+            return
+        world = 1
+        if args.head_init == "ridge" and not args.resume:
+            weight, bias, lam, score = ridge([f[train] for f in features], targets[train], features[0, held["val"]], targets[held["val"]])
+            net.head.load_state_dict({"weight": weight, "bias": bias})
+            print(f"ridge head: lambda {lam:.3g} of 25 by val cosine, {score:.4f}")
     else:
         pictures = Pictures(paths, spec)
-        encoder = load_encoder(summary["text_model"]["name"], device)[0] if args.mixgen > 0 else None
-        tokenize = encoder and (lambda texts: dict(encoder.tokenizer(texts, padding=True, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")))
-        params = list(net.named_parameters())
-    net.to(device)
+        if args.mixgen > 0:
+            encoder = load_encoder(summary["text_model"]["name"], device)[0]
+        if args.patch_dropout:
+            drop_patches(net.tower, args.patch_dropout)
+        if args.grad_checkpointing:
+            net.tower.set_grad_checkpointing(True)
+        if args.wise is not None:
+            kinds, start_state = [*kinds, "wise"], {k: v.clone() for k, v in net.state_dict().items()}
+        if args.ema:
+            kinds, ema = [*kinds, "ema"], AveragedModel(net, multi_avg_fn=lambda mean, new, _: torch._foreach_lerp_(mean, new, 1 - ema_at(step, args.ema)))
+        if args.compile:
+            net.compile()  # in place: wrapping would rename every key of the checkpoint
+        if world > 1:
+            forward = nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
-    def batches(step):
-        while True:
+    # the plan of the run: which rows, mirrored or not, in every micro-batch of every step; a function of (seed, epoch), so resume is arithmetic
+    per_epoch = len(train) // batch
+    total = args.epochs * per_epoch
+
+    def plan(step):
+        while step < total:
             epoch, done = divmod(step, per_epoch)
-            order = train[np.random.default_rng((args.seed, epoch)).permutation(len(train))][done * args.batch_size:per_epoch * args.batch_size]
-            if lp:
-                for rows in order.reshape(-1, args.batch_size):
-                    flip = np.random.default_rng((args.seed, epoch, int(rows[0]))).random(len(rows)) < args.hflip if args.hflip > 0 else np.zeros(len(rows), int)
-                    yield torch.from_numpy(features[flip.astype(int), rows]), torch.from_numpy(targets[rows]), None, None
-            else:
-                data = TrainPairs(pictures, targets, prompts, args.hflip, args.seed, epoch)
-                # its own generator: building an iterator otherwise draws from the global stream and shifts dropout after a resume
-                yield from DataLoader(Subset(data, order.tolist()), args.batch_size, num_workers=args.workers, pin_memory=device.type == "cuda",
-                                      collate_fn=lambda rows: collate(rows, int(args.mixgen * args.batch_size), tokenize), generator=torch.Generator())
+            rng = np.random.default_rng((args.seed, epoch))
+            order, flip = train[rng.permutation(len(train))], rng.random(len(names)) < args.hflip
+            for i in range(done, per_epoch):
+                # dealt like cards: a row and its MixGen partner, M rows on, meet on one device, so any division of the batch mixes the same pairs
+                hands = order[i * batch:(i + 1) * batch].reshape(args.batch_size, -1).T
+                for rows in hands[rank * args.accum_freq:][:args.accum_freq]:
+                    yield list(zip(rows.tolist(), flip[rows].tolist()))
             step += per_epoch - done
 
-    def predict_val():
-        net.eval()
-        with torch.inference_mode(), autocast():
-            if lp:
-                return torch.cat([net.embed(torch.from_numpy(np.array(features[0, v])).to(device)) for v in np.array_split(val, -(-len(val) // 4096))])
-            loader = DataLoader(Subset(pictures, val.tolist()), args.batch_size, num_workers=args.workers, generator=torch.Generator())
-            return torch.cat([net(x.to(device)) for x in loader])
+    def batches(step):
+        if lp:
+            for items in plan(step):
+                rows, flip = (np.array(x) for x in zip(*items))
+                yield torch.from_numpy(features[flip.astype(int), rows]).float(), torch.from_numpy(targets[rows]), None, None, torch.from_numpy(rows)
+        else:
+            tokenize = encoder and partial(encoder.tokenizer, padding=True, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")
+            yield from DataLoader(TrainPairs(pictures, targets, prompts), batch_sampler=plan(step), num_workers=args.workers, pin_memory=device.type == "cuda",
+                                  collate_fn=partial(collate, mixed=int(args.mixgen * args.batch_size), tokenize=tokenize), worker_init_fn=ignore_signals)
 
-    def validate():
-        return cosine(predict_val().cpu(), torch.from_numpy(targets[val])).mean().item()
+    def evaluate(model):
+        """-> {split: mean cosine}, rows shared out over the processes."""
+        model.eval()
+        scores = {}
+        for name, rows in held.items():
+            mine, cos = rows[rank::world], []
+            with torch.inference_mode(), autocast():
+                if lp:
+                    cos = [cosine(model.embed(torch.from_numpy(features[0, part]).float().to(device)), torch.from_numpy(targets[part]).to(device)) for part in np.array_split(mine, -(-len(mine) // 4096))]
+                else:
+                    loader = DataLoader(TrainPairs(pictures, targets, prompts), args.batch_size, sampler=[(i, False) for i in mine.tolist()], collate_fn=collate,
+                                        num_workers=args.workers, worker_init_fn=ignore_signals, generator=torch.Generator())
+                    cos = [cosine(model(x.to(device)), y.to(device)) for x, y, *_ in loader]
+            total_cos, n = add_up([torch.cat(cos).double().sum().item() if cos else 0.0, len(mine)], world, device)
+            scores[name] = total_cos / n
+        return scores
 
-    # AdamW; matrices decay, biases and norms do not
-    optimizer = torch.optim.AdamW([{"params": [p for _, p in params if p.ndim > 1], "weight_decay": args.wd},
-                                   {"params": [p for _, p in params if p.ndim <= 1], "weight_decay": 0.0}], lr=args.lr, fused=device.type == "cuda")
-    log, step, best = phase / "metrics.jsonl", 0, -1.0
+    # a resumed run is the same run
+    log, step, best, seen, best_head = phase / "metrics.jsonl", 0, {}, [], None
+    same = {"processes": world, "data": summary["hashes"]}
     if args.resume:
-        state = load_last(phase / "last.pt", args)
-        net.load_state_dict(state["net"], strict=False) if lp else net.load_state_dict(state["net"])
+        state = load_last(phase / "last.pt", args, same)
+        (net.head if lp else net).load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        step, best = state["step"], state["best"]
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        with atomic(log, "w") as f:
-            f.write("".join(f"{line}\n" for line in kept))
+        if ema:
+            ema.load_state_dict(state["ema"])
+        step, best, seen, best_head = state["step"], state["best"], [x.to(device) for x in state["seen"]], state["best_head"]
+        if rank == 0:
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            with atomic(log, "w") as f:
+                f.write("".join(f"{line}\n" for line in kept))
 
     def save_last():
-        own = {k: v for k, v in net.state_dict().items() if k.startswith("head.") or not lp}
         with atomic(phase / "last.pt") as f:
-            torch.save({"net": own, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-                        "step": step, "best": best, "args": vars(args)}, f)
+            torch.save({"net": (net.head if lp else net).state_dict(), "ema": ema and ema.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                        "step": step, "best": best, "best_head": best_head, "seen": [x.cpu() for x in seen], "args": vars(args), "same": same}, f)
 
     def note(**row):
-        with open(log, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        if rank == 0:
+            with open(log, "a") as f:
+                f.write(json.dumps(row) + "\n")
+            report(row)
 
-    def check_val():
-        nonlocal best
-        score = validate()
-        note(step=step, epoch=round(step / per_epoch, 3), val_cosine=score)
-        print(f"step {step:,} ({step / total:.0%}) · val cosine {score:.4f} (n = {len(val)}; mean vector {baseline:.4f}, best {max(best, score):.4f})", flush=True)
-        if score > best:  # strictly better, and never NaN
-            best = score
-            save_net(net, {**meta, "val_cosine": score, "step": step}, phase / "best.safetensors")
-        draw_curve(log, phase / "curve.png", baseline)
+    def training():
+        net.train()
+        for layer in net.tower.modules():  # a pretrained tower's BatchNorm keeps its statistics: the README has the evidence
+            if lp or isinstance(layer, _BatchNorm) and (spec["pretrained"] != "none" if args.freeze_bn is None else args.freeze_bn):
+                layer.eval()
 
-    phase.mkdir(parents=True, exist_ok=True)
+    def validate():
+        nonlocal best_head, drawn
+        row = {"step": step, "epoch": round(step / per_epoch, 3)}
+        for kind in kinds:
+            if kind == "wise":
+                trained = {k: v.clone() for k, v in net.state_dict().items()}
+                net.load_state_dict({k: torch.lerp(start_state[k], v, args.wise) if v.is_floating_point() else v for k, v in trained.items()})
+            model, tail = ema.module if kind == "ema" else net, "" if kind == "raw" else f"_{kind}"
+            scores = evaluate(model)
+            row |= {f"{split}_cosine{tail}": score for split, score in scores.items()}
+            if scores["val"] > best.get(kind, -1.0):  # strictly better, and never NaN; ood is only looked at
+                first, best[kind] = scores["val"] > max(best.values(), default=-1.0), scores["val"]
+                about = {**meta, "weights": kind, "step": step, **{f"{split}_cosine": score for split, score in scores.items()}}
+                if lp:  # the whole tower is written once, at the end or when stopped
+                    best_head = {"state": {k: v.cpu().clone() for k, v in net.head.state_dict().items()}, "about": about}
+                elif rank == 0:
+                    for file in ["best.safetensors"] * first + [f"best-{kind}.safetensors"] * (len(kinds) > 1):
+                        save_net(model, about, phase / file)
+            if kind == "wise":
+                net.load_state_dict(trained)
+        note(**row)
+        due = time.time() - drawn > 3 or step == total
+        if rank == 0 and (due or not lp):  # lp epochs take a moment: not every one is worth a line and a picture
+            scores = " · ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if "cosine" in k)
+            print(f"step {step:,} ({step / total:.0%}) · {scores} · best {max(best.values(), default=-1):.4f} ({levels})", flush=True)
+        if rank == 0 and due:
+            draw_curve(log, phase / "curve.png", baseline["val"])
+            drawn = time.time()
+        training()
+        return row["val_cosine"]
+
+    def write_head():
+        kept = {k: v.clone() for k, v in net.head.state_dict().items()}
+        net.head.load_state_dict(best_head["state"])
+        save_net(net, best_head["about"], phase / "best.safetensors")
+        net.head.load_state_dict(kept)
+
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: stop.append(number))  # finish the step, save, say how to go on
-    print(f"{args.phase}: {spec['model']} ({spec['pretrained']}), {spec['image_size']} px, head {head['head']}, {sum(p.numel() for _, p in params):,} parameters trained, "
-          f"{len(train):,} train / {len(val):,} val, {total:,} steps of {args.batch_size}, {args.precision} on {device.type}")
-    if step == 0:
-        check_val()  # ft starts at the lp score
-    source, began, first, saved, seen = batches(step), time.time(), step, time.time(), []
+    levels = "; ".join(f"{s}: n = {len(held[s])}, mean vector {baseline[s]:.4f}" for s in held)
+    if rank == 0:
+        act = "" if "quick_gelu" not in spec else ", QuickGELU" if spec["quick_gelu"] else ", GELU"
+        print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{act}), {spec['image_size']} px, {head['head']} head, {sum(p.numel() for p in params):,} parameters trained, "
+              f"{len(train):,} train rows, {total:,} steps of {batch}{f' on {world} processes' if world > 1 else ''}, {args.precision} on {device.type}\n{levels}", flush=True)
+        if not args.dry_run:
+            phase.mkdir(parents=True, exist_ok=True)
+    report = open_report(args.report_to if rank == 0 and not args.dry_run else None, phase, args)
+    drawn, score = 0.0, float("nan")
+    training()
+    if step == 0 and not args.dry_run:
+        score = validate()  # ft starts at the lp score
+    source, recent = batches(step), []
+    began = saved = clock = time.perf_counter()
+    waited, logged = 0.0, step
 
     while step < total:
-        x, y, flip, tokens = next(source)
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        net.head.train() if lp else net.train()
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))  # dropout is a function of the step: nothing to restore
+        factor = lr_at(step, total, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_at(step, total, args.warmup)
-        with autocast():
-            if lp:
-                loss = 1 - cosine(net.embed(x), y).mean()
-            else:
-                x = net.pixels(x)
-                x = torch.where(flip.to(device)[:, None, None, None], x.flip(-1), x)
-                if tokens:
-                    with torch.no_grad():
-                        joined = F.normalize(encoder({k: v.to(device) for k, v in tokens.items()})["sentence_embedding"].float(), dim=-1)
-                    x, y = mixgen(x, y, joined)
-                loss = 1 - cosine(net(x), y).mean()
+            group["lr"] = group["peak"] * factor
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        rows, cosines = [], []
+        for micro in range(1, args.accum_freq + 1):
+            asked = time.perf_counter()
+            x, y, flip, tokens, ids = next(source)
+            waited += time.perf_counter() - asked
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            with forward.no_sync() if world > 1 and micro < args.accum_freq else nullcontext():
+                with autocast():
+                    if lp:
+                        cos = cosine(net.embed(x), y)
+                    else:
+                        x = net.pixels(x)
+                        x = torch.where(flip.to(device, non_blocking=True)[:, None, None, None], x.flip(-1), x)
+                        if tokens:
+                            with torch.no_grad():
+                                joined = encoder({k: v.to(device, non_blocking=True) for k, v in tokens.items()})["sentence_embedding"]
+                            x, y = mixgen(x, y, F.normalize(joined.float(), dim=-1))
+                        cos = cosine(forward(x), y)
+                scaler.scale((1 - cos.mean()) / args.accum_freq).backward()
+            rows.append(ids)
+            cosines.append(cos.detach())
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_([p for _, p in params], args.grad_clip_norm or math.inf)
-        if not (torch.isfinite(loss) and (torch.isfinite(norm) or scaler.is_enabled())):
-            sys.exit(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}: not finite, stopped before the update; best.safetensors is intact. Lower --lr?")
+        norm, cos = nn.utils.clip_grad_norm_(params, args.grad_clip_norm or math.inf), torch.cat(cosines)
+        # no waiting for the device here: the fused AdamW skips a bad step by itself, and check_finite tells at the next look
+        if not scaler.is_enabled():  # fp16's overflowing gradients are the scaler's own business
+            optimizer.found_inf = 1 - (torch.isfinite(norm) & torch.isfinite(cos).all()).float()
+        recent.append((step, torch.cat(rows), cos, None if scaler.is_enabled() else norm))
         scaler.step(optimizer)
         scaler.update()
-        seen.append(loss.detach())
+        if ema:
+            ema.update_parameters(net)
+        seen.append(cos)
         step += 1
-        if step % args.log_every == 0 or step == total:
-            train_cosine, rate = 1 - torch.stack(seen).mean().item(), (step - first) * args.batch_size / (time.time() - began)
-            lr, seen = optimizer.param_groups[0]["lr"], []
-            note(step=step, epoch=round(step / per_epoch, 3), train_cosine=train_cosine, lr=lr, grad_norm=norm.item(), images_per_s=round(rate, 1))
-            if not lp:
-                eta = (total - step) * args.batch_size / rate
-                print(f"step {step:,} ({step / total:.0%}) · train cosine {train_cosine:.4f} · lr {lr:.2e} · grad {norm.item():.2f} · {rate:.0f} images/s · ETA {eta / 60:.1f} min", flush=True)
+        stopping, saving = agree(max(stop, default=0), time.perf_counter() - saved > args.save_every * 60, world)
+        if step % args.log_every == 0 or step % per_epoch == 0 or step == total or stopping or saving or args.dry_run:
+            check_finite(recent, names, world)
+            recent = []
+        if step % args.log_every == 0 or step == total or args.dry_run:
+            (train_sum, n), now = add_up([torch.cat(seen).double().sum().item(), sum(map(len, seen))], world, device), time.perf_counter()
+            rate, share = (step - logged) * batch / (now - clock), waited / (now - clock)
+            note_row = {"step": step, "epoch": round(step / per_epoch, 3), "train_cosine": train_sum / n, "lr": args.lr * factor, "grad_norm": norm.item(),
+                        "images_per_s": round(rate, 1), "data_wait": round(share, 3), "memory_gib": round(memory(device), 2)}
+            if rank == 0 and not lp:
+                print(f"step {step:,} ({step / total:.0%}) · loss {1 - train_sum / n:.4f} · val {score:.4f} · lr {args.lr * factor:.2e} · grad {norm.item():.2f} · {rate:.0f} images/s · "
+                      f"data wait {share:.0%}{' (raise --workers)' if share > 0.2 else ''} · {note_row['memory_gib']:.1f} GiB · ETA {(total - step) * batch / rate / 60:.1f} min", flush=True)
+            if args.dry_run:
+                return
+            note(**note_row)
+            seen, clock, waited, logged = [], now, 0.0, step
         if step % per_epoch == 0:
-            check_val()
-        if stop or time.time() - saved > args.save_every * 60 or step == total:
+            paused = time.perf_counter()
+            score = validate()
+            clock += time.perf_counter() - paused  # images/s are those of training
+        if rank == 0 and (stopping or saving or step == total):
             save_last()
-            saved = time.time()
-        if stop and step < total:
-            print(f"stopped at step {step}; go on with: {' '.join(['python', *sys.argv])}{'' if args.resume else ' --resume'}", file=sys.stderr)
-            sys.exit(128 + stop[0])
+            if lp:
+                write_head()
+        if stopping or saving:
+            saved = time.perf_counter()
+        if stopping and step < total:
+            if rank == 0:
+                print(f"stopped at step {step}; go on with: {' '.join(['python', *sys.argv])}{'' if args.resume else ' --resume'}", file=sys.stderr)
+            sys.exit(128 + stopping)
 
-    note(step=step, done=True, best=best, baseline=baseline, seconds=round(time.time() - began, 1))
-    print(f"{args.phase} done: best val cosine {best:.4f} (n = {len(val)}), mean vector {baseline:.4f} -> {phase}/best.safetensors")
+    note(step=step, done=True, best=max(best.values()), baseline=baseline["val"], seconds=round(time.perf_counter() - began, 1))
+    if rank == 0:
+        print(f"{args.phase} done: best val cosine {max(best.values()):.4f} (n = {len(held['val'])}), mean vector {baseline['val']:.4f} -> {phase}/best.safetensors")
 
 
-def load_last(path, args):
-    """last.pt -> dict. Refuses one that is damaged or belongs to other settings."""
+def guarded():
+    """main(), where running out of memory, a full disk or a lost picture ends as one line too."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        sys.exit(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:120]}); start again with --overwrite")
-    free = {"workers", "resume", "overwrite", "log_every", "save_every", "out", "data"}
-    changed = [k for k, v in state["args"].items() if k not in free and getattr(args, k, None) != v]
-    if changed:
-        sys.exit(f"{path}: was made with other settings: " + ", ".join(f"--{k.replace('_', '-')} {state['args'][k]}" for k in changed))
-    return state
+        main()
+    except BadPicture as e:  # comes out of a loader worker wrapped in its traceback
+        sys.exit(str(e).strip().splitlines()[-1].removeprefix("train.BadPicture: ").removeprefix("__main__.BadPicture: "))
+    except (RuntimeError, SafetensorError) as e:
+        text = str(e)
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            sys.exit("out of memory: halve --batch-size and double --accum-freq (the same training), or add --grad-checkpointing")
+        if "PytorchStreamWriter" in text or "unexpected pos" in text or isinstance(e, SafetensorError):
+            sys.exit(f"a checkpoint could not be written, the old one is untouched; disk full? ({text.splitlines()[0][:120]})")
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(guarded)
