@@ -313,8 +313,11 @@ def load_net(path, image_size=None):
         sys.exit(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]}); train it again")
     if meta.get("format") != FORMAT:
         sys.exit(f"{path}: not a checkpoint of train.py (format {meta.get('format')}, expected {FORMAT})")
-    meta["tower"]["image_size"] = image_size or meta["tower"]["image_size"]
-    net = Net(build_tower(meta["tower"]), meta["tower"], **meta["head"])
+    try:
+        meta["tower"]["image_size"] = image_size or meta["tower"]["image_size"]
+        net = Net(build_tower(meta["tower"]), meta["tower"], **meta["head"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as e:
+        sys.exit(f"{path}: describes no model that can be built here at {image_size or 'its own'} px ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
     load_strict(net, resize_positions(state, net), path)
     return net.eval(), meta
 
@@ -605,7 +608,7 @@ def parse_args(argv=None):
     g.add_argument("--image-std", type=float, nargs=3, default=None, help="unset = the tower's own")
     g.add_argument("--head", choices=["linear", "mlp"], default=None, help="unset = linear; mlp: 1024 --head-width wide, BatchNorm, ReLU")
     g.add_argument("--head-width", type=int, default=16, help="of the mlp head, in units of 1024")
-    g.add_argument("--head-init", choices=["xavier", "ridge"], default="xavier", help="lp, linear: ridge starts from the closed form")
+    g.add_argument("--head-init", choices=["xavier", "ridge"], default=None, help="lp: ridge, for a linear head, starts from the closed form; unset = ridge where it can be")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, default=None, help=unset("epochs"))
     g.add_argument("--batch-size", type=int, default=None, help=f"of one micro-batch on one device; {unset('batch_size')}")
@@ -651,15 +654,18 @@ def fill_defaults(args, summary):
         if value is not None and not low <= value <= high:
             sys.exit(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]" + (" (arXiv 2206.08358: M <= B/2)" if name == "mixgen" else ""))
     for name, low in (("batch_size", 2), ("epochs", 1), ("accum_freq", 1), ("workers", 0), ("seed", 0), ("warmup", 0), ("log_every", 1), ("head_width", 1), ("image_size", 1)):
-        if (getattr(args, name) or low) < low:
+        if getattr(args, name) is not None and getattr(args, name) < low:
             sys.exit(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {low}")
     if not 0 < args.lr < math.inf:
         sys.exit(f"--lr {args.lr}: must be above 0")
     if args.head_init == "ridge" and (args.phase == "ft" or args.head == "mlp"):
         sys.exit("--head-init ridge: is for --phase lp with --head linear")
+    args.head_init = args.head_init or ("ridge" if args.phase == "lp" and args.head != "mlp" else "xavier")
     phase = Path(args.out) / args.phase
     if (phase / "metrics.jsonl").exists() and not (args.overwrite or args.resume or args.dry_run):
         sys.exit(f"{phase}: a run is already there; --resume it, --overwrite it, or choose another --out")
+    if args.resume and args.overwrite:
+        sys.exit("--resume --overwrite: one of them, please; --overwrite starts again")
     if args.resume and not (phase / "last.pt").is_file():
         sys.exit(f"{phase}: nothing to resume there (no last.pt)")
     return phase
@@ -699,9 +705,6 @@ def main():
 
     # rows: order in the arrays is the order of pairs.parquet, without the guard rows
     used = np.flatnonzero(pairs["split"].to_numpy() != "guard")
-    if args.dry_run and lp:  # one batch will do
-        split = pairs["split"].to_numpy()
-        used = np.sort(np.concatenate([np.flatnonzero(split == s)[:args.batch_size * args.accum_freq] for s in ("train", "val")]))
     pairs, targets = pairs[used], np.array(targets[used])
     split, names, prompts = pairs["split"].to_numpy(), pairs["image"].to_list(), pairs["prompt"].to_list()
     train, held = np.flatnonzero(split == "train"), {s: np.flatnonzero(split == s) for s in ("val", "ood") if (split == s).any()}
@@ -739,13 +742,13 @@ def main():
     if args.dry_run and rank == 0:
         describe(net, groups, spec, args, device, autocast)
     if lp:
-        features = extract_features(net, spec, summary["hashes"], paths, 1 + (args.hflip > 0), args, device, DTYPES[args.precision], rank, world)
+        features = np.zeros((2, len(paths), next(net.head.parameters()).shape[1]), np.float32) if args.dry_run else extract_features(net, spec, summary["hashes"], paths, 1 + (args.hflip > 0), args, device, DTYPES[args.precision], rank, world)
         if world > 1:
             dist.destroy_process_group()
         if rank > 0:
             return
         world = 1
-        if args.head_init == "ridge" and not args.resume:
+        if args.head_init == "ridge" and not (args.resume or args.dry_run):
             weight, bias, lam, score = ridge([f[train] for f in features], targets[train], features[0, held["val"]], targets[held["val"]])
             net.head.load_state_dict({"weight": weight, "bias": bias})
             print(f"ridge head: lambda {lam:.3g} of 25 by val cosine, {score:.4f}")
@@ -791,7 +794,8 @@ def main():
         else:
             tokenize = encoder and partial(encoder.tokenizer, padding=True, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")
             yield from DataLoader(TrainPairs(pictures, targets, prompts), batch_sampler=plan(step), num_workers=args.workers, pin_memory=device.type == "cuda",
-                                  collate_fn=partial(collate, mixed=int(args.mixgen * args.batch_size), tokenize=tokenize), worker_init_fn=ignore_signals)
+                                  collate_fn=partial(collate, mixed=int(args.mixgen * args.batch_size), tokenize=tokenize), worker_init_fn=ignore_signals,
+                                  generator=torch.Generator())  # its own: building an iterator would draw from the global stream and shift dropout after a resume
 
     def evaluate(model):
         """-> {split: mean cosine}, rows shared out over the processes."""
@@ -966,7 +970,7 @@ def main():
             saved = time.perf_counter()
         if stopping and step < total:
             if rank == 0:
-                print(f"stopped at step {step}; go on with: {' '.join(['python', *sys.argv])}{'' if args.resume else ' --resume'}", file=sys.stderr)
+                print(f"stopped at step {step}; go on with: {' '.join(['python', *(a for a in sys.argv if a not in ('--overwrite', '--resume'))])} --resume", file=sys.stderr)
             sys.exit(128 + stopping)
 
     note(step=step, done=True, best=max(best.values()), baseline=baseline["val"], seconds=round(time.perf_counter() - began, 1))

@@ -1,20 +1,282 @@
-"""What train.py promises: towers, checkpoints, resume, numerics."""
+"""What train.py promises. Most runs call its main() in this process: importing torch and the libraries costs more than the tiny CLIP trains."""
+import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from conftest import TINY, command
-from train import Net, build_tower, load_net, save_net
+os.environ["OMP_NUM_THREADS"] = "1"  # bit-equal here and in subprocesses; and two threads that wait for each other crawl on a busy machine
+torch.set_num_threads(1)
+import train  # noqa: E402
+from conftest import ROOT, TINY, command  # noqa: E402
+from train import Net, build_tower, cosine, depths, load_net, lr_at, mixgen, param_groups, resize_positions, ridge, save_net  # noqa: E402
 
-torch.set_num_threads(2)
+TIMED = {"images_per_s", "data_wait", "memory_gib", "seconds"}
+EVERYTHING = ["--accum-freq", 2, "--mixgen", 0.25, "--hflip", 0.5, "--ema", 0.9, "--patch-dropout", 0.5, "--layer-decay", 0.7, "--wise", 0.5]
 
 
-def tiny_spec(model):
-    spec = {"model": model, "pretrained": "none", "kwargs": {}, "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+@pytest.fixture(scope="session", autouse=True)
+def one_encoder():
+    train.load_encoder = functools.lru_cache(train.load_encoder)
+
+
+@pytest.fixture
+def main(capsys, monkeypatch):
+    """main(flags..., at=(function, n, signal or exception)): runs train.py here; at: sends a signal when a function is called the n-th time.
+    -> exit code, standard output, standard error."""
+    def run(*args, at=None):
+        kept = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        with monkeypatch.context() as patch:
+            if at:
+                name, n, event = at
+                real, calls = getattr(train, name), []
+
+                def hooked(*a, **k):
+                    calls.append(0)
+                    if len(calls) == n:
+                        if isinstance(event, Exception):
+                            raise event
+                        os.kill(os.getpid(), event)
+                    return real(*a, **k)
+                patch.setattr(train, name, hooked)
+            try:
+                train.guarded()
+                code = 0
+            except SystemExit as e:
+                code = e.code
+        for s, handler in kept:
+            signal.signal(s, handler)
+        said = capsys.readouterr()
+        return (code, said.out, said.err) if isinstance(code, int) else (1, said.out, said.err + code)
+    return run
+
+
+@pytest.fixture(scope="session")
+def flags(data):
+    return ["--data", data, "--batch-size", 16, "--workers", 0, "--precision", "fp32", "--log-every", 1, "--warmup", 3]
+
+
+@pytest.fixture(scope="session")
+def lp(data, flags, tmp_path_factory):
+    """An lp run of the tiny CLIP to start ft from. Read only."""
+    out = tmp_path_factory.mktemp("lp") / "run"
+    command("train.py", "--phase", "lp", "--model", TINY, "--pretrained", "none", "--epochs", 2, "--out", out, *flags)
+    return out
+
+
+def metrics(folder):
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Bit-equal trees of tensors and plain values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    x, y = (torch.load(p / "last.pt", weights_only=True) for p in (a, b))
+    for key in ("net", "ema", "optimizer", "scaler", "best", "best_head", "step"):
+        assert same(x[key], y[key]), key
+    assert metrics(a) == metrics(b)
+    assert same(load_file(a / "best.safetensors"), load_file(b / "best.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------- exact resume
+
+@pytest.mark.parametrize("at", [("lr_at", 1, signal.SIGINT), ("lr_at", 7, signal.SIGTERM), ("mixgen", 10, signal.SIGTERM), ("epoch end", 0, signal.SIGTERM)],
+                         ids=["first step", "mid-epoch", "mid-accumulation", "epoch end"])
+def test_ft_resumes_exactly(at, main, lp, flags, tmp_path, whole_ft):
+    """Stopped anywhere and resumed with other workers: weights, EMA, optimiser and metrics bit for bit those of the run that was never stopped."""
+    out = ["--phase", "ft", "--init", lp / "lp", "--lr", 1e-3, "--epochs", 3, *flags, *EVERYTHING, "--out", tmp_path / "cut"]
+    steps = torch.load(whole_ft / "last.pt", weights_only=True)["step"]
+    per_epoch = steps // 3
+    at = ("lr_at", per_epoch, signal.SIGTERM) if at[0] == "epoch end" else at
+    code, _, err = main(*out, at=at)
+    assert code == 128 + at[2] and "--resume" in err
+    state = torch.load(tmp_path / "cut/ft/last.pt", weights_only=True)
+    assert state["step"] == (5 if at[0] == "mixgen" else at[1]) < steps
+    code, _, err = main(*out, "--resume", "--workers", 2)
+    assert code == 0, err
+    assert_same_run(tmp_path / "cut/ft", whole_ft)
+
+
+@pytest.fixture(scope="session")
+def whole_ft(lp, flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    command("train.py", "--phase", "ft", "--init", lp / "lp", "--lr", 1e-3, "--epochs", 3, *flags, *EVERYTHING, "--out", out)
+    assert (out / "ft/best-ema.safetensors").exists() and (out / "ft/best-wise.safetensors").exists()
+    return out / "ft"
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_lp_resumes_exactly(head, main, flags, tmp_path):
+    runs = [["--phase", "lp", "--model", TINY, "--pretrained", "none", "--head", head, "--head-width", 1, "--hflip", 0.5, "--epochs", 3, *flags, "--out", tmp_path / n] for n in "ab"]
+    assert main(*runs[0])[0] == 0
+    for step in (2, 12):
+        assert main(*runs[1], *(["--resume"] if step > 2 else []), at=("lr_at", step, signal.SIGTERM))[0] == 143
+    assert main(*runs[1], "--resume")[0] == 0
+    assert_same_run(tmp_path / "a/lp", tmp_path / "b/lp")
+
+
+def test_kill_9(main, lp, flags, tmp_path, whole_ft):
+    """kill -9 at no chosen moment: the last checkpoint holds, and the resumed run is the run."""
+    out = ["--phase", "ft", "--init", lp / "lp", "--lr", 1e-3, "--epochs", 3, *flags, *EVERYTHING, "--out", tmp_path / "cut"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, out), "--save-every", "0"], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "cut/ft/last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert main(*out, "--resume")[0] == 0
+    assert_same_run(tmp_path / "cut/ft", whole_ft)
+
+
+def test_resume_refuses_other_settings(main, lp, flags, tmp_path, copy):
+    out = ["--phase", "ft", "--init", lp / "lp", *flags, "--epochs", 2, "--out", tmp_path / "r"]
+    assert main(*out, at=("lr_at", 2, signal.SIGINT))[0] == 130
+    code, _, err = main(*out, "--resume", "--lr", 5)
+    assert code == 1 and "--lr 1e-05" in err
+    code, _, err = main(*out)
+    assert code == 1 and "--resume" in err and "--overwrite" in err
+    last = tmp_path / "r/ft/last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert "not a readable checkpoint" in main(*out, "--resume")[2]
+    last.unlink()
+    assert "nothing to resume" in main(*out, "--resume")[2]
+
+
+def test_full_disk_keeps_the_old_checkpoint(lp, flags, tmp_path):
+    """Files may not grow beyond 100 kB: the message names the disk, nothing half-written stays."""
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; exec {sys.executable} {ROOT}/train.py " + " ".join(map(str, ["--phase", "ft", "--init", lp / "lp", "--epochs", 1, *flags, "--out", tmp_path / "r"]))],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "too large" in done.stderr or "could not be written" in done.stderr
+    assert not list((tmp_path / "r/ft").glob(".*tmp")) and not (tmp_path / "r/ft/last.pt").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+def test_golden(main, lp, flags, tmp_path):
+    """Twenty steps of ft on a CPU: a change in data order, augmentation, loss, optimiser or schedule shows here."""
+    # weights from numpy, whose streams never change; torch's initialisers may
+    net, meta = load_net(lp)
+    rng = np.random.default_rng(0)
+    for p in net.parameters():
+        p.data = torch.from_numpy((rng.standard_normal(p.shape) * 0.1).astype(np.float32)) + (p.ndim == 1)
+    save_net(net, meta, tmp_path / "start.safetensors")
+    assert main("--phase", "ft", "--init", tmp_path / "start.safetensors", "--lr", 1e-3, "--epochs", 3, *flags, "--mixgen", 0.25, "--hflip", 0.5, "--out", tmp_path / "g")[0] == 0
+    losses = [1 - r["train_cosine"] for r in metrics(tmp_path / "g/ft") if "train_cosine" in r][:20]
+    assert np.allclose(losses, GOLDEN, atol=2e-3), str([round(x, 4) for x in losses])
+
+
+GOLDEN = [0.9862, 0.9934, 0.9299, 0.8867, 0.8542, 0.8361, 0.8168, 0.7745, 0.7628, 0.7587, 0.7304, 0.7266, 0.6814, 0.6789, 0.6756, 0.6713, 0.6797, 0.642, 0.6253, 0.6253]
+
+
+def test_accumulation_is_the_big_batch(main, lp, flags, tmp_path):
+    """Two micro-batches of 8 with MixGen are one batch of 16: same pairs mixed, same losses, same weights to rounding."""
+    for name, size, accum in (("a", 16, 1), ("b", 8, 2)):
+        assert main("--phase", "ft", "--init", lp / "lp", "--lr", 1e-3, "--epochs", 1, *flags, "--batch-size", size, "--accum-freq", accum, "--mixgen", 0.25, "--hflip", 0.5, "--out", tmp_path / name)[0] == 0
+    a, b = (metrics(tmp_path / n / "ft") for n in "ab")
+    assert len(a) > 5 and len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys() and all(abs(x[k] - y[k]) < 2e-4 * max(1, abs(x[k])) for k in x if not isinstance(x[k], bool)), (x, y)
+
+
+def test_two_processes_are_one(lp, data, flags, tmp_path):
+    """torchrun on gloo: the same global batch gives the same losses, with MixGen and a BatchNorm head; lp gives the same bytes; odd shards count right."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py")]
+    lp_flags = ["--phase", "lp", "--model", TINY, "--pretrained", "none", "--head", "mlp", "--head-width", 1, "--epochs", 2, *flags]
+    ft_flags = ["--phase", "ft", "--lr", 1e-3, "--epochs", 1, *flags, "--mixgen", 0.25, "--hflip", 0.5]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for phase, n in ((lp_flags, 16), (ft_flags, 8)):
+        done = subprocess.run(list(map(str, [*torchrun, *phase, "--batch-size", n, "--out", tmp_path / "two"])), capture_output=True, text=True, timeout=200, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        command("train.py", *phase, "--batch-size", 16, "--out", tmp_path / "one", env={"OMP_NUM_THREADS": "1"})
+        (tmp_path / ".features").rename(tmp_path / f"features-{phase[1]}") if phase is lp_flags else None
+    assert_same_run(tmp_path / "one/lp", tmp_path / "two/lp")
+    one, two = (metrics(tmp_path / n / "ft") for n in ("one", "two"))
+    assert len(one) > 5 and [r["step"] for r in one] == [r["step"] for r in two]
+    for x, y in zip(one, two):
+        assert all(abs(x[k] - y[k]) < 1e-3 * max(1, abs(x[k])) for k in x if not isinstance(x[k], bool)), (x, y)
+    a, b = (load_file(tmp_path / n / "ft/best.safetensors") for n in ("one", "two"))
+    assert (off := {k: d for k in a if (d := (a[k].float() - b[k].float()).abs().max().item()) > 1e-3 and k != "head.0.bias"}) == {}, off  # that bias is cancelled by the BatchNorm: its gradient is noise;  running statistics of the shared BatchNorm too
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_not_finite_stops_before_the_update(processes, main, lp, data, copy, flags, tmp_path):
+    """A NaN target: one line with step and picture, on every process; nothing NaN is saved; the step before it can be resumed."""
+    data = copy(data)
+    targets, split = np.load(data / "targets.npy"), pl.read_parquet(data / "pairs.parquet")
+    row = split.with_row_index().filter(pl.col("split") == "train")["index"][3]
+    targets[row] = np.nan
+    np.save(data / "targets.npy", targets)
+    args = ["--phase", "ft", "--init", lp / "lp", *flags, "--data", data, "--epochs", 1, "--save-every", 0, "--log-every", 3, "--out", tmp_path / "nan"]
+    if processes == 1:
+        code, _, err = main(*args)
+    else:
+        done = subprocess.run(list(map(str, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "train.py", *args, "--batch-size", 8])),
+                              capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        code, err = done.returncode, done.stderr
+    assert code and "not finite" in err and split["image"][row] in err and "step" in err
+    if (tmp_path / "nan/ft/last.pt").exists():
+        state = torch.load(tmp_path / "nan/ft/last.pt", weights_only=True)
+        assert all(torch.isfinite(t).all() for t in state["net"].values())
+
+
+def test_a_bad_step_is_skipped_on_the_device():
+    """The fused AdamW holds weights and moments still when found_inf is set: that is what lets the loop look only now and then."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], lr=1.0, fused=True)
+    for grad, bad in ((1.0, 0.0), (float("nan"), 1.0)):
+        p.grad = torch.full((3,), grad)
+        optimizer.found_inf = torch.tensor(bad)
+        before = p.detach().clone()
+        optimizer.step()
+        assert torch.equal(before, p.detach()) == bool(bad)
+    assert torch.isfinite(optimizer.state[p]["exp_avg"]).all() and optimizer.state[p]["step"] == 1
+
+
+def test_lr_at():
+    assert [lr_at(s, 100, 10) for s in (0, 9, 10, 55, 100)] == pytest.approx([0.1, 1, 1, 0.5, 0])
+
+
+def test_mixgen_is_the_paper():
+    """Against the loop of arXiv 2206.08358, alg. 1; the shipped one that mixes mixed rows again would fail."""
+    x, y, joined = torch.rand(8, 3, 4, 4), torch.rand(8, 5), torch.rand(4, 5)
+    want = x.clone()
+    for i in range(4):
+        want[i] = 0.5 * x[i] + 0.5 * x[i + 4]
+    mixed, targets = mixgen(x, y, joined)
+    assert torch.allclose(mixed, want) and torch.equal(targets, torch.cat([joined, y[4:]]))
+
+
+# ---------------------------------------------------------------------------------------------------- towers and heads
+
+def tiny_spec(model, **more):
+    spec = {"model": model, "pretrained": "none", "kwargs": {}, "image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", **more}
     if not model.startswith("timm:"):
         config = json.load(open(TINY))
-        spec |= {"config": {k: config[k] for k in ("embed_dim", "vision_cfg")}, "quick_gelu": False}
+        spec = {"config": {k: config[k] for k in ("embed_dim", "vision_cfg")}, "quick_gelu": False, **spec}
     return spec
 
 
@@ -24,7 +286,7 @@ def test_another_image_size(model, tmp_path):
     spec = tiny_spec(model)
     net = Net(build_tower(spec), spec)
     for p in net.parameters():
-        torch.nn.init.normal_(p)
+        nn.init.normal_(p)
     meta = {"format": 1, "tower": spec, "head": {"head": "linear", "width": 16, "dim": 384}}
     save_net(net.eval(), meta, tmp_path / "best.safetensors")
     same, _ = load_net(tmp_path)
@@ -36,7 +298,354 @@ def test_another_image_size(model, tmp_path):
     assert len(changed) == (0 if "conv" in model else 1)
     for k in changed:
         old, new = net.state_dict()[k], big.state_dict()[k]
-        prefix = 0 if old.shape[-2] in (4, 16) else 1
-        assert torch.equal(old[..., :prefix, :], new[..., :prefix, :])
-        side = int((new.shape[-2] - prefix) ** .5)  # bicubic on a doubled grid keeps the mean up to the border
-        assert new.shape[-2] == prefix + side * side
+        assert new.shape[-2] in (1 + 64, 64, 1 + 16, 16)
+        prefix = old.shape[-2] % 2
+        assert torch.equal(old[..., :prefix, :], new[..., :prefix, :]), "the class token stays"
+        back = resize_positions({k: new.clone()}, net)[k]
+        assert torch.corrcoef(torch.stack([old.flatten(), back.flatten()]))[0, 1] > 0.9, "there and back is nearly the same grid, not a shuffled one"
+
+
+def test_positions_as_open_clip_resizes_them():
+    from open_clip.model import resize_pos_embed
+    small, big = (build_tower(tiny_spec("tiny", image_size=s)) for s in (32, 56))
+    state = small.state_dict()
+    theirs = {"visual.positional_embedding": state["positional_embedding"].clone()}
+    resize_pos_embed(theirs, types.SimpleNamespace(visual=big))
+    assert torch.allclose(resize_positions(dict(state), big)["positional_embedding"], theirs["visual.positional_embedding"], atol=1e-6)
+
+
+@pytest.mark.parametrize("model, blocks", [("tiny", ["transformer.resblocks.0.", "transformer.resblocks.1."]), ("timm:test_vit", [f"blocks.{i}." for i in range(6)]),
+                                           ("timm:mobilenetv2_100", ["blocks.0.0.", "blocks.1.0.", "blocks.1.1."])])
+def test_layer_decay(model, blocks):
+    """Every parameter is in one group; the lr falls by the factor from block to block, whatever digits its name holds; the head has all of it."""
+    spec = tiny_spec(model)
+    net = Net(build_tower(spec), spec)
+    found = depths(net)
+    assert [next(found[n] for n in found if n.startswith(f"tower.{b}")) for b in blocks] == list(range(1, len(blocks) + 1))
+    assert all(d == 0 for n, d in found.items() if any(s in n for s in ("conv1.", "patch_embed", "pos_embed", "positional", "class_", "cls_", "conv_stem")))
+    top = found["head.weight"]
+    assert top == max(found.values()) and sorted(set(found.values())) == list(range(top + 1))
+    groups = param_groups(net, 1.0, 0.1, 0.5)
+    peak = {id(p): g["peak"] for g in groups for p in g["params"]}
+    assert len(peak) == sum(len(g["params"]) for g in groups) == len(found)
+    assert all(peak[id(p)] == 0.5 ** (top - found[n]) for n, p in net.named_parameters())
+    assert all(p.ndim > 1 for g in groups for p in g["params"] if g["weight_decay"])
+
+
+def test_unfreeze_from(main, lp, flags, tmp_path):
+    """By index: depth 2 of the tiny CLIP is its second block, so stem and first block stay as they were, to the bit."""
+    assert main("--phase", "ft", "--init", lp / "lp", *flags, "--lr", 1e-3, "--epochs", 1, "--unfreeze-from", 2, "--out", tmp_path)[0] == 0
+    before, after = load_file(lp / "lp/best.safetensors"), torch.load(tmp_path / "ft/last.pt", weights_only=True)["net"]
+    found = depths(load_net(lp)[0])
+    assert {n for n in found if not torch.equal(before[n], after[n])} == {n for n in found if found[n] >= 2}
+    code, _, err = main("--phase", "ft", "--init", lp / "lp", *flags, "--unfreeze-from", 9, "--out", tmp_path / "x")
+    assert code == 1 and "0 (the stem) to 3 (the head)" in err
+
+
+def test_ridge():
+    """The closed form equals a plain solve at its lambda, and no lambda of the grid does better on validation."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((300, 20)), rng.standard_normal((20, 8))
+    y = x @ w + 3 + rng.standard_normal((300, 8))
+    y /= np.linalg.norm(y, axis=1, keepdims=True)
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    weight, bias, lam, score = ridge([x[:200]], y[:200], x[200:], y[200:], block=64)
+    c, t = x[:200] - x[:200].mean(0), y[:200] - y[:200].mean(0)
+    want = np.linalg.solve(c.T @ c + lam * np.eye(20), c.T @ t).T
+    assert np.allclose(weight, want, atol=1e-4)
+    predicted = F.normalize(torch.from_numpy(x[200:]) @ weight.T + bias, dim=-1)
+    assert cosine(predicted, torch.from_numpy(y[200:])).mean().item() == pytest.approx(score, abs=1e-5)
+    assert score > cosine(F.normalize(torch.from_numpy(y[:200].mean(0)), dim=0), torch.from_numpy(y[200:])).mean()
+
+
+def test_head_init_ridge(main, flags, tmp_path):
+    args = ["--phase", "lp", "--model", TINY, "--pretrained", "none", "--epochs", 1, *flags, "--out"]
+    code, said, err = main(*args, tmp_path / "a", "--head-init", "ridge")
+    assert code == 0, err
+    score = float(said.split("by val cosine, ")[1].split()[0])
+    assert metrics(tmp_path / "a/lp")[0]["val_cosine"] == pytest.approx(score, abs=2e-4), "training starts at the closed form's score"
+    assert "linear" in main(*args, tmp_path / "b", "--head-init", "ridge", "--head", "mlp")[2]
+
+
+def test_lp_moves_only_the_head_and_caches(main, lp, flags, tmp_path):
+    first = load_file(lp / "lp/best.safetensors")
+    args = ["--phase", "lp", "--model", TINY, "--pretrained", "none", *flags, "--out", lp.parent / "again"]
+    assert main(*args, "--epochs", 5, "--head-init", "xavier")[0] == 0
+    second = load_file(lp.parent / "again/lp/best.safetensors")
+    assert all(torch.equal(first[k], second[k]) == (not k.startswith("head.")) for k in first)
+    files = list((lp.parent / ".features").glob("*.npy"))
+    assert len(files) == 1 and not list((lp.parent / ".features").glob("*.part")), "the second run read the first one's features"
+    assert main(*args, "--epochs", 1, "--hflip", 0.5, "--overwrite")[0] == 0
+    stored = [np.load(f) for f in sorted((lp.parent / ".features").glob("*.npy"), key=lambda p: p.stat().st_mtime)]
+    assert stored[1].shape == (2, *stored[0].shape[1:]) and np.array_equal(stored[1][0], stored[0][0]) and not np.allclose(stored[1][1], stored[0][0])
+
+
+def test_features_are_the_towers(main, lp, data, flags):
+    """Row i of the cache is the pooled feature of row i before the projection, guard rows left out."""
+    net, meta = load_net(lp)
+    pairs = pl.read_parquet(data / "pairs.parquet").filter(pl.col("split") != "guard")
+    pictures = train.Pictures([data / p for p in pairs["image"]], meta["tower"])
+    stored = np.load(next((lp.parent / ".features").glob("*.npy")), mmap_mode="r")
+    assert stored.shape[1:] == (len(pairs), 64), "64 wide: before the projection to 32"
+    with torch.no_grad():
+        assert np.allclose(net.tower(net.pixels(torch.stack([pictures[i] for i in (0, 7)]))), stored[0, [0, 7]], atol=1e-4)
+
+
+def test_proj(main, flags, tmp_path):
+    assert main("--phase", "lp", "--model", TINY, "--pretrained", "none", "--proj", "--epochs", 1, *flags, "--out", tmp_path)[0] == 0
+    net, meta = load_net(tmp_path)
+    assert net.head.in_features == 32 and net.tower.proj is not None and meta["tower"]["proj"]
+
+
+def test_quick_gelu(main, flags, tmp_path):
+    """A weights file has no tag: the log says which activation was built, the flag sets it, the checkpoint remembers."""
+    spec = tiny_spec("tiny")
+    save_file({f"visual.{k}": v for k, v in build_tower({**spec, "proj": True}).state_dict().items()}, tmp_path / "clip.safetensors")
+    outputs = []
+    for flag in ([], ["--force-quick-gelu"]):
+        code, said, err = main("--phase", "lp", "--model", TINY, "--pretrained", tmp_path / "clip.safetensors", "--epochs", 1, *flags, "--out", tmp_path / f"r{len(flag)}", *flag)
+        assert code == 0 and (", QuickGELU" if flag else ", GELU") in said, err
+        net, meta = load_net(tmp_path / f"r{len(flag)}")
+        assert meta["tower"]["quick_gelu"] == bool(flag)
+        outputs.append(net.tower(torch.ones(1, 3, 32, 32)))
+    assert not torch.allclose(*outputs, atol=1e-4)
+
+
+def test_openai_tag_means_quick_gelu(monkeypatch):
+    """FIELD 4.8: ViT-L-14 + openai; the tag knows. The weights are not here, so they are what the factory would have returned."""
+    import open_clip
+    asked = {}
+
+    def create_model(name, **kwargs):
+        asked.update(kwargs, name=name)
+        return types.SimpleNamespace(visual=build_tower({**tiny_spec("x"), "proj": True}))
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: json.load(open(TINY)))
+    args = train.parse_args(["--phase", "lp", "--model", "ViT-L-14", "--pretrained", "openai"])
+    _, spec = train.make_tower(args)
+    assert spec["quick_gelu"] and asked["force_quick_gelu"] and spec["mean"][0] == pytest.approx(0.48145466)
+
+
+def test_weights_files(main, flags, tmp_path):
+    """safetensors and state dicts load; what is missing is named; a pickle is refused; a tag that does not exist lists those that do."""
+    import pickle
+    args = ["--phase", "lp", "--model", "timm:test_vit", "--image-size", 32, "--epochs", 1, *flags]
+    state = build_tower(tiny_spec("timm:test_vit", image_size=160)).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "w.pt")
+    results = []
+    for name in ("w.safetensors", "w.pt"):
+        code, _, err = main(*args, "--pretrained", tmp_path / name, "--out", tmp_path / name[2:])
+        assert code == 0, err
+        results.append(load_file(tmp_path / name[2:] / "lp/best.safetensors"))
+    assert same(*results)
+    del state["norm.weight"]
+    save_file(state, tmp_path / "less.safetensors")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(print))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:500])
+    for name, word in (("less.safetensors", "norm.weight"), ("evil.pt", "not a safetensors"), ("cut.safetensors", "not a safetensors"), ("gone.pt", "neither a file nor a tag")):
+        code, _, err = main(*args, "--pretrained", tmp_path / name, "--out", tmp_path / "no")
+        assert code == 1 and word in err, err
+    assert "not an open_clip model" in main(*args, "--model", "ViT-X", "--out", tmp_path / "no")[2]
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_batchnorm_in_ft(pretrained, main, flags, tmp_path):
+    """A pretrained convolutional tower keeps its running statistics, one from scratch learns them; --no-freeze-bn overrules."""
+    save_file(build_tower(tiny_spec("timm:test_resnet")).state_dict(), tmp_path / "w.safetensors")
+    lp = ["--phase", "lp", "--model", "timm:test_resnet", "--image-size", 32, "--pretrained", tmp_path / "w.safetensors" if pretrained else "none", "--epochs", 1, *flags, "--out", tmp_path]
+    assert main(*lp)[0] == 0
+    before = load_file(tmp_path / "lp/best.safetensors")
+    for flag, frozen in (([], pretrained), (["--no-freeze-bn"], False), (["--freeze-bn"], True)):
+        assert main("--phase", "ft", *flags, "--epochs", 1, "--out", tmp_path, "--overwrite", *flag)[0] == 0
+        after = torch.load(tmp_path / "ft/last.pt", weights_only=True)["net"]
+        assert all(torch.equal(before[k], after[k]) == frozen for k in before if k.endswith("running_mean"))
+        assert not torch.equal(before["tower.conv1.0.weight" if "tower.conv1.0.weight" in before else "tower.conv1.weight"], after["tower.conv1.0.weight" if "tower.conv1.0.weight" in after else "tower.conv1.weight"])
+
+
+# -------------------------------------------------------------------------------------------------- ft switches
+
+def test_ema_and_wise(main, lp, flags, tmp_path):
+    """--wise 0 is the start and --wise 1 the trained net, exactly; the EMA is the average its formula says; both are scored beside the raw weights."""
+    args = ["--phase", "ft", "--init", lp / "lp", *flags, "--lr", 1e-3, "--epochs", 1, "--ema", 0.5, "--save-every", 0, "--out"]
+    assert main(*args, tmp_path / "a", "--wise", 0)[0] == 0 and main(*args, tmp_path / "b", "--wise", 1)[0] == 0
+    a, b = (metrics(tmp_path / n / "ft") for n in "ab")
+    scores = [[r for r in m if "val_cosine" in r] for m in (a, b)]
+    assert scores[0][-1]["val_cosine_wise"] == scores[0][0]["val_cosine"] != scores[0][-1]["val_cosine"] == scores[1][-1]["val_cosine_wise"]
+    assert [r for r in a if "train_cosine" in r] == [r for r in b if "train_cosine" in r], "validating other weights leaves the training alone"
+    assert scores[0][-1]["val_cosine_ema"] != scores[0][-1]["val_cosine"]
+    best = {n: load_net(tmp_path / f"a/ft/{n}.safetensors")[1] for n in ("best", "best-raw", "best-ema", "best-wise")}
+    assert best["best"]["val_cosine"] == max(m["val_cosine"] for m in best.values()) and best["best-ema"]["weights"] == "ema"
+
+
+def test_ema_formula(main, lp, flags, tmp_path, monkeypatch):
+    history, real = [], train.AveragedModel.update_parameters
+
+    def spy(self, net):
+        real(self, net)
+        history.append(([p.detach().clone() for p in net.parameters()], [p.detach().clone() for p in self.module.parameters()]))
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", spy)
+    assert main("--phase", "ft", "--init", lp / "lp", *flags, "--lr", 1e-3, "--epochs", 1, "--ema", 0.6, "--out", tmp_path)[0] == 0
+    mean = history[0][0]
+    for step, (raw, ema) in enumerate(history[1:], 1):
+        d = min(0.6, (1 + step) / (10 + step))
+        mean = [d * m + (1 - d) * r for m, r in zip(mean, raw)]
+        assert all(torch.allclose(m, e, atol=1e-6) for m, e in zip(mean, ema))
+
+
+def test_grad_checkpointing_changes_no_loss(main, lp, flags, tmp_path):
+    for name, flag in (("a", []), ("b", ["--grad-checkpointing"])):
+        assert main("--phase", "ft", "--init", lp / "lp", *flags, "--epochs", 1, "--out", tmp_path / name, *flag)[0] == 0
+    assert metrics(tmp_path / "a/ft") == metrics(tmp_path / "b/ft")
+    net, _ = load_net(lp)
+    net.tower.set_grad_checkpointing(True)
+    assert net.tower.transformer.grad_checkpointing, "the switch does something"
+
+
+def test_compile_keeps_the_keys(main, lp, flags, tmp_path, monkeypatch):
+    """In place; no _orig_mod. in any checkpoint. The compiler itself is left out: it takes a minute and is not ours."""
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **k: compiled.append(self))
+    assert main("--phase", "ft", "--init", lp / "lp", *flags, "--epochs", 1, "--compile", "--out", tmp_path)[0] == 0
+    assert len(compiled) == 1 and isinstance(compiled[0], Net)
+    assert load_file(tmp_path / "ft/best.safetensors").keys() == load_file(lp / "lp/best.safetensors").keys()
+
+
+def test_patch_dropout(main, lp, flags, tmp_path):
+    net, _ = load_net(lp)
+    seen = []
+    net.tower.transformer.register_forward_pre_hook(lambda m, x: seen.append(x[0].shape))
+    train.drop_patches(net.tower, 0.5)
+    for training in (True, False):
+        net.train(training)(torch.zeros(2, 3, 32, 32))
+    assert seen[0].numel() == seen[1].numel() * 9 // 17, "in training 8 of 16 patches and the class token; all of them in eval"
+    with pytest.raises(SystemExit, match="no patches"):
+        train.drop_patches(build_tower(tiny_spec("timm:test_resnet")), 0.5)
+
+
+def test_ft_at_another_size(main, lp, flags, tmp_path):
+    """lp at 32 px, ft at 48: positions resized, and the checkpoint says 48."""
+    code, said, err = main("--phase", "ft", "--init", lp / "lp", *flags, "--epochs", 1, "--image-size", 48, "--out", tmp_path)
+    assert code == 0 and "48 px" in said, err
+    net, meta = load_net(tmp_path)
+    assert meta["tower"]["image_size"] == 48 and net.tower.positional_embedding.shape[0] == 37
+
+
+def test_dry_run(main, lp, flags, tmp_path):
+    code, said, err = main("--phase", "ft", "--init", lp / "lp", *flags, "--lr", 1e-3, "--layer-decay", 0.5, "--dry-run", "--out", tmp_path / "dry")
+    assert code == 0, err
+    for lr in ("1.25e-04", "2.50e-04", "5.00e-04", "1.00e-03"):
+        assert f"lr {lr}" in said
+    assert "GFLOP per image" in said and "GiB" in said and "step 1 " in said and "step 2 " not in said
+    assert not (tmp_path / "dry").exists()
+    code, said, err = main("--phase", "lp", "--model", TINY, "--pretrained", "none", *flags, "--dry-run", "--out", tmp_path / "dry2/run")
+    assert code == 0 and "24,960 parameters trained" in said, (said, err)
+    assert not (tmp_path / "dry2").exists()
+
+
+def test_flops_are_right(capsys, lp):
+    """Against the count by hand for the tiny ViT: 2 blocks of width 64 on 17 tokens."""
+    net, meta = load_net(lp)
+    train.describe(net, [], meta["tower"], types.SimpleNamespace(batch_size=4, ema=0, grad_checkpointing=False), torch.device("cpu"), train.nullcontext)
+    t, w = 17, 64
+    hand = 2 * (16 * 3 * 8 * 8 * w + 2 * (t * 12 * w * w + 2 * t * t * w) + w * 384)
+    assert f"{hand / 1e9:.2f} GFLOP" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------ watching
+
+def test_report_to(main, lp, flags, tmp_path, monkeypatch):
+    rows = []
+    fake = types.SimpleNamespace(init=lambda **k: rows.append(k), log=lambda row, step: rows.append(row))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert main("--phase", "ft", "--init", lp / "lp", *flags, "--epochs", 1, "--report-to", "wandb", "--out", tmp_path / "a")[0] == 0
+    assert rows[0]["project"] == "image2prompt" and len(rows) == 1 + len(metrics(tmp_path / "a/ft"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = main("--phase", "ft", "--init", lp / "lp", *flags, "--epochs", 1, "--report-to", "wandb", "--out", tmp_path / "b")
+    assert code == 1 and "pip install wandb" in err
+
+
+def test_log_line(main, lp, flags, tmp_path):
+    code, said, _ = main("--phase", "ft", "--init", lp / "lp", *flags, "--epochs", 1, "--out", tmp_path)
+    line = next(line for line in said.splitlines() if line.startswith("step 2 "))
+    assert all(word in line for word in ("%", "loss", "val", "lr", "grad", "images/s", "data wait", "GiB", "ETA"))
+    assert (tmp_path / "ft/curve.png").stat().st_size > 1000
+
+
+def test_ood_is_reported_and_never_selected_on(main, lp, copy, data, flags, tmp_path):
+    """Split "ood" beside val: own n and mean-vector level; the best step is the one it is without it."""
+    data = copy(data)
+    pairs = pl.read_parquet(data / "pairs.parquet")
+    guard = (pairs["split"] == "guard").to_numpy()
+    val = np.flatnonzero((pairs["split"] == "val").to_numpy())
+    split = pairs["split"].to_numpy().astype(object)
+    split[val[:9]] = "ood"
+    pairs.with_columns(split=pl.Series(split, dtype=pl.String)).write_parquet(data / "pairs.parquet")
+    code, said, err = main("--phase", "ft", "--init", lp / "lp", *flags, "--data", data, "--epochs", 2, "--lr", 1e-3, "--out", tmp_path / "r")
+    assert code == 0 and "ood: n = 9, mean vector" in said, err
+    rows = [r for r in metrics(tmp_path / "r/ft") if "val_cosine" in r]
+    assert all("ood_cosine" in r for r in rows)
+    _, meta = load_net(tmp_path / "r")
+    assert meta["step"] == max(rows, key=lambda r: r["val_cosine"])["step"] and meta["n_val"] == len(val) - 9 and guard.sum() >= 0
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+def test_checkpoints_that_are_none(lp, tmp_path):
+    """Truncated, a pickle, another format, a missing or foreign head: an error in one line, never a fresh head."""
+    good = (lp / "lp/best.safetensors").read_bytes()
+    net, meta = load_net(lp)
+
+    def write(meta, state):
+        save_file(state, tmp_path / "x.safetensors", metadata={"config": json.dumps(meta)})
+        return tmp_path / "x.safetensors"
+    state = net.state_dict()
+    cases = [(good[:-100], "not a readable"), (b"\x80\x04N.", "not a readable"), (b"", "not a readable"), (write({**meta, "format": 99}, state).read_bytes(), "format 99"),
+             (write(meta, {k: v for k, v in state.items() if "head" not in k}).read_bytes(), "head.weight"),
+             (write({**meta, "head": {**meta["head"], "dim": 100}}, state).read_bytes(), "another shape"), (write({"format": 1}, state).read_bytes(), "tower"),
+             (write({**meta, "tower": {**meta["tower"], "model": "timm:no_such"}}, state).read_bytes(), "no_such")]
+    for content, word in cases:
+        (tmp_path / "best.safetensors").write_bytes(content)
+        with pytest.raises(SystemExit, match=word) as e:
+            load_net(tmp_path / "best.safetensors")
+        assert "\n" not in str(e.value)
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        load_net(tmp_path / "nothing")
+
+
+def test_one_line_for_every_mistake(main, lp, data, flags, copy, tmp_path):
+    ft = ["--phase", "ft", *flags, "--out", tmp_path / "r"]
+    other = copy(data)
+    summary = json.loads((other / "summary.json").read_text())
+    (other / "summary.json").write_text(json.dumps({**summary, "text_model": {"name": "another", "sha256": None}}))
+    cases = [(ft, "no lp phase to start from"), ([*ft, "--init", lp, "--data", other], "was trained for all-MiniLM-L6-v2 targets"), ([*ft, "--init", lp, "--model", "RN50"], "leave --model"),
+             ([*ft, "--init", lp, "--head", "mlp"], "linear head"), ([*ft, "--init", lp, "--mixgen", 0.6], "--mixgen"), ([*ft, "--init", lp, "--hflip", 2], "--hflip"),
+             ([*ft, "--init", lp, "--epochs", 0], "--epochs"), ([*ft, "--init", lp, "--batch-size", 5000], "training"), ([*ft, "--init", lp, "--seed", -1], "--seed"),
+             ([*ft, "--init", lp, "--lr", "nan"], "--lr"), ([*ft, "--init", tmp_path / "nowhere"], "no checkpoint"), ([*ft, "--data", tmp_path], "not a finished data folder"),
+             ([*ft, "--init", lp, "--patch-dropout", 1], "--patch-dropout"), ([*ft, "--init", lp, "--wise", -0.1], "--wise")]
+    for args, word in cases:
+        code, _, err = main(*args)
+        assert code == 1 and word in err and "Traceback" not in err, (args[-2:], err)
+    assert not (tmp_path / "r").exists()
+
+
+def test_unreadable_picture_stops(main, lp, data, copy, flags, tmp_path):
+    """It is named, in the main process and out of a loader worker; the next row never takes its place."""
+    data = copy(data)
+    row = pl.read_parquet(data / "pairs.parquet").filter(pl.col("split") == "train")["image"][0]
+    (data / row).write_bytes(b"no picture")
+    for workers in (0, 1):
+        code, _, err = main("--phase", "ft", "--init", lp / "lp", *flags, "--data", data, "--epochs", 1, "--workers", workers, "--out", tmp_path / f"r{workers}")
+        assert code == 1 and err.strip().splitlines()[-1].startswith(str(data / row)), err
+
+
+def test_out_of_memory(main, lp, flags, tmp_path):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+        code, _, err = main("--phase", "ft", "--init", lp / "lp", *flags, "--overwrite", "--out", tmp_path, at=("lr_at", 2, error))
+        assert code == 1 and all(flag in err for flag in ("--batch-size", "--accum-freq", "--grad-checkpointing"))
+
+
+def test_importing_does_nothing():
+    done = subprocess.run([sys.executable, "-c", "import sys, train; assert not {'open_clip', 'timm', 'matplotlib', 'sentence_transformers', 'wandb', 'faiss'} & set(sys.modules)"],
+                          capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and not done.stdout + done.stderr, done.stderr
