@@ -72,8 +72,7 @@ def mean_cosine(w, xs, y):
 def test_weights_equal_an_independent_optimiser(world, kind):
     optimize = pytest.importorskip("scipy.optimize")
     y, xs = world
-    if kind == "free":
-        xs = [*xs, unit(xs[0] - 0.8 * y)]  # a member whose best weight is negative
+    xs = [*xs, unit(xs[0] - 0.8 * y)]  # a member whose best weight is negative
     x64 = np.stack(xs).astype(np.float64)
 
     def loss(w):
