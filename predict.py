@@ -137,10 +137,11 @@ def list_images(items, image_col=None, prompt_col=None):
     if not found:
         sys.exit(f"{', '.join(items)}: no images there ({' '.join(IMAGE_SUFFIXES)})")
     paths = sorted(found)
-    stems = [Path(p.split("::")[-1]).stem for p in paths]
+    text = lambda p: os.fsencode(p).decode("utf-8", "replace")  # noqa: E731 names on a disk need not be text
+    stems = [text(Path(p.split("::")[-1]).stem) for p in paths]
     clash = {i for i, n in Counter(stems).items() if n > 1}
     prompts = [found[p] for p in paths]
-    return [Path(p).as_posix() if i in clash else i for i, p in zip(stems, paths)], paths, prompts if all(prompts) else None
+    return [text(Path(p).as_posix()) if i in clash else i for i, p in zip(stems, paths)], paths, prompts if all(prompts) else None
 
 
 class Renderings(Pictures):
@@ -221,8 +222,10 @@ def embed(viewer, pictures, size):
             parts = [[p[i:i + size].to(viewer.device, non_blocking=True) for p in pictures] for i in range(0, len(pictures[0]), size)]
             return torch.cat([viewer(p).cpu() for p in parts]), size
         except RuntimeError as e:
-            if "memory" not in str(e).lower() or size == 1:
+            if "memory" not in str(e).lower():
                 raise
+        if size == 1:
+            sys.exit(f"out of memory with one image at a time on {viewer.device}; free some, or predict with fewer or smaller --views")
         size = -(-size // 2)
         torch.cuda.empty_cache()
         print(f"out of memory: going on with {size} images at a time", file=sys.stderr)
@@ -463,7 +466,7 @@ def main():
     say = print if rank == 0 else (lambda *a, **k: None)
     say(f"run {checkpoint.parent}")
     views = args.views or list(VIEWS)[:args.tta]
-    looking = 0 < len(args.images) <= FEW and all(Path(p).is_file() and Path(p).suffix.lower() in IMAGE_SUFFIXES for p in args.images)
+    looking = world == 1 and 0 < len(args.images) <= FEW and all(Path(p).is_file() and Path(p).suffix.lower() in IMAGE_SUFFIXES for p in args.images)
     tag = "-".join(args.views) if args.views else f"tta{args.tta}"
     default = None if looking else f"preds/{checkpoint.parent.parent.name}-{checkpoint.parent.name}{'-images' if args.images else ''}-{tag}.npz"
     out = Path(args.out or default) if args.out or default else None
@@ -540,7 +543,7 @@ def main():
         neighbors = [[(float(c), known[r]) for c, r in zip(cs[:k], rs[:k]) if r >= 0] for cs, rs in zip(cosines, rows)]
         if args.blend_neighbors:
             if targets is not None:
-                print(f"val cosine {score(embeddings, targets)} before blending")
+                print(f"cosine {score(embeddings, targets)} before blending")
             good = results[:, -1] == 1
             embeddings[good] = blend_neighbors(embeddings[good], corpus, cosines[good, :BLEND_K], rows[good, :BLEND_K], args.blend_neighbors)
             views = [*views, f"neighbors-{args.blend_neighbors:g}"]
@@ -548,7 +551,7 @@ def main():
         if k and len(ids) <= FEW:
             print("nearest known prompts (neighbours of what was predicted, not the recovered prompt):")
             for path, found in zip(paths, neighbors):
-                print(path, *(f"  {c:.3f}  {printable(p)}" for c, p in found), sep="\n")
+                print(printable(path), *(f"  {c:.3f}  {printable(p)}" for c, p in found), sep="\n")
 
     # files
     if out:
@@ -558,6 +561,7 @@ def main():
         write_submission(args.submission, ids, embeddings, order)
         print(f"wrote {args.submission} ({len(ids):,} images)")
     own = cosine(torch.from_numpy(embeddings), torch.from_numpy(np.asarray(targets))).numpy() if targets is not None else None
+    baseline = float((np.asarray(targets) @ fallback).mean()) if targets is not None else None
     if args.csv:
         with atomic(args.csv) as f:
             pl.DataFrame({"id": ids, **({} if own is None else {"cosine": own}), **{f"e{e}": embeddings[:, e] for e in range(embeddings.shape[1])}}).write_csv(f)
@@ -570,10 +574,10 @@ def main():
     if args.html:
         shown = np.unique(np.linspace(0, len(ids) - 1, min(REPORT_MAX, len(ids))).astype(int)).tolist()
         thumbnails = DataLoader(Subset(Thumbnails(paths, meta["tower"]), shown), batch_size=None, num_workers=args.workers)
-        facts = {"pictures": f"{len(ids):,}", **({} if own is None else {"mean cosine": score(embeddings, targets), "mean vector": f"{meta['baseline']:.4f}"}),
+        facts = {"pictures": f"{len(ids):,}", **({} if own is None else {"mean cosine": score(embeddings, targets), "mean vector": f"{baseline:.4f}"}),
                  "unreadable": len(bad), "run": checkpoint.parent, "views": ", ".join(views)}
         write_report(args.html, f"Predicted prompts: {checkpoint.parent}", ids, tqdm(thumbnails, desc="report", unit="image", disable=len(shown) < 64 or None), facts, own,
-                     meta["baseline"], prompts, neighbors, set(bad.tolist()), shown)
+                     baseline, prompts, neighbors, set(bad.tolist()), shown)
         print(f"wrote {args.html} ({len(shown):,} pictures)")
     if scratch:
         scratch.unlink()
@@ -582,7 +586,7 @@ def main():
     if len(bad) > BAD_MAX:
         print(f"and {len(bad) - BAD_MAX:,} more unreadable pictures, {len(bad):,} of {len(ids):,} in all", file=sys.stderr)
     if targets is not None:
-        print(f"val cosine {score(embeddings, targets)} (n = {len(ids)}); mean vector {meta['baseline']:.4f}")
+        print(f"{'' if args.images else 'val '}cosine {score(embeddings, targets)} (n = {len(ids)}); mean vector {baseline:.4f}")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def test_out_of_memory_halves_the_batch(viewer, pictures, capsys):
     inner = viewer("image", "mirror")
     a, b = (np.concatenate([y for _, y, _ in predict.predict(v, pictures, size)]) for v, size in ((Small(inner, 3), 12), (inner, 3)))
     assert a.tobytes() == b.tobytes() and "3 images at a time" in capsys.readouterr().err
-    with pytest.raises(RuntimeError):
+    with pytest.raises(SystemExit, match="out of memory with one image"):
         list(predict.predict(Small(inner, 0), pictures))
 
 
@@ -164,7 +164,7 @@ def test_prompts_in_a_table_are_targets(go, raw):
     done, out = go(raw / "prompts.csv")
     preds = predicted(out)
     score = (preds["embeddings"] * preds["targets"]).sum(1).mean()
-    assert f"val cosine {score:.4f}" in done.stdout and len(preds["ids"]) == 200
+    assert f"\ncosine {score:.4f}" in done.stdout and len(preds["ids"]) == 200
 
 
 def test_ids_that_clash_are_whole_paths(tmp_path, pictures):
@@ -174,6 +174,8 @@ def test_ids_that_clash_are_whole_paths(tmp_path, pictures):
     shutil.copy(pictures[1], tmp_path / "other.png")
     ids, paths, _ = predict.list_images([str(tmp_path)])
     assert ids == [str(tmp_path / "a/same.png"), str(tmp_path / "b/same.png"), "other"] and [Path(p).stem for p in paths] == ["same", "same", "other"]
+    shutil.copy(pictures[1], os.fsencode(tmp_path) + b"/caf\xe9.png")  # not UTF-8
+    assert "caf\ufffd" in predict.list_images([str(tmp_path)])[0]
 
 
 def test_pictures_look_as_a_person_expects(tmp_path, viewer):
