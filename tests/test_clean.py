@@ -633,6 +633,36 @@ def test_killed_and_resumed_is_the_same(world, tmp_path, monkeypatch):
     assert len(again) <= len(made) - logged + 32, "only what was not in the log is made again"
 
 
+def test_leftovers_of_another_order_are_no_mixup(cleaned, table, tmp_path, monkeypatch):
+    """Row 3 of the killed run is row 5 of this one: every picture still belongs to its prompt, even where a second kill comes amid the overwriting."""
+    colours = [(i * 20, 255 - i * 20, 40) for i in range(12)]
+    for i, c in enumerate(colours):
+        (tmp_path / f"{i}.png").write_bytes(png(c))
+    rows = [{"image": f"{i}.png", "prompt": p} for i, p in enumerate(prompts(12))]
+    with monkeypatch.context() as m:
+        m.setattr(clean, "draw_funnel", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cleaned(table(rows))
+    real, made = clean.keep_image, []
+
+    def dies(job):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(real(job))  # the file is there, its line in the log is not
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return made[-1]
+    with monkeypatch.context() as m:
+        m.setattr(clean, "keep_image", dies)
+        for i in range(6):
+            (tmp_path / f"{i}.png").write_bytes(png(colours[i], (40, 40)))
+        with pytest.raises(KeyboardInterrupt):
+            cleaned(table(rows[6:] + rows[:6]))
+    pairs, _, _ = cleaned(table(rows[3:] + rows[:3]))
+    for image, prompt in pairs.select("image", "prompt").rows():
+        assert np.abs(np.array(clean.open_rgb(tmp_path / "data/out" / image).getpixel((9, 9))) - colours[prompts(12).index(prompt)]).max() < 12
+
+
 def test_changed_flag_redoes_only_its_stage(cleaned, world, tmp_path, monkeypatch):
     cleaned(world)
     made = []
