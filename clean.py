@@ -23,6 +23,7 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import struct
 import sys
 import tarfile
@@ -30,7 +31,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, process
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -484,33 +485,59 @@ def flat_index(dim):
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index) if getattr(faiss, "get_num_gpus", int)() else index
 
 
-def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None):
+class Journal:
+    """Blocks of neighbours found, on disk by a key of everything they depend on: what a killed search had done is not searched again.
+    A database that cannot be read or written is as good as none."""
+
+    def __init__(self, path):
+        self.db = sqlite3.connect(path, isolation_level=None)
+        with suppress(sqlite3.Error):
+            self.db.execute("pragma synchronous = off")  # kill -9 loses nothing; after a power cut sqlite finds out
+            self.db.execute("create table if not exists block (key blob primary key, best blob, near blob, near_kept blob)")
+
+    def get(self, key):
+        with suppress(sqlite3.Error):
+            row = self.db.execute("select best, near, near_kept from block where key = ?", (key,)).fetchone()
+            return row and [np.frombuffer(a, t).copy() for a, t in zip(row, (np.float32, np.int64, bool))]
+
+    def put(self, key, *arrays):
+        with suppress(sqlite3.Error):
+            self.db.execute("insert or replace into block values (?, ?, ?, ?)", (key, *(a.tobytes() for a in arrays)))
+
+
+def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None, journal=None):
     """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. Exact (near the threshold the cosine is computed
     again in float64, so neither block size nor thread count nor GPU changes a row), no neighbour lists, no cap; work = rows x kept. x: unit rows float32.
     -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader.
     With `at` (N,) row i has the vector x[at[i]]. With `follow` (N,) row i stands for the chain i, follow[i], ... (-1 ends it) of equal prompts, and
     only the first is judged. usable(rows) -> mask is asked about rows that would be kept: one that is not goes as if it had never been in the input,
-    the next of its chain being judged instead. Rows that were not judged have leader -1."""
+    the next of its chain being judged instead. Rows that were not judged have leader -1. `journal`: where to go on after a kill."""
     at = np.arange(len(x)) if at is None else at
     follow = np.full(len(at), -1) if follow is None else follow
     leader, cosine = np.full(len(at), -1), np.ones(len(at), np.float32)
     queue = np.setdiff1d(np.arange(len(at)), follow).tolist()  # sorted, so a heap
     index, kept, hair = flat_index(x.shape[1]), np.empty(0, int), 4e-6  # float32 sums of 384 products err by less than a hair
     bar = tqdm(total=len(queue), desc="images, near-duplicates" if usable else "near-duplicates", unit="row", disable=len(queue) < 1000)
+    past = hashlib.blake2b(repr((threshold, x.shape)).encode())  # of all that a search depends on: the threshold and every row kept so far
     while queue:
         rows = np.array([heapq.heappop(queue) for _ in range(min(block, len(queue)))])
         end, judged = rows[-1], len(rows)
         while len(rows):
             b = x[at[rows]]
-            best, near = np.full(len(b), -2, np.float32), np.full(len(b), -1)
+            best, near, near_kept = np.full(len(b), -2, np.float32), np.full(len(b), -1), np.zeros(len(b), bool)
             if len(kept):  # against every row kept in earlier blocks ...
-                best, hit = (a[:, 0] for a in index.search(b, 1))
-                near = kept[hit]
-            near_kept = best >= threshold
-            for i in np.flatnonzero(abs(best - threshold) < hair):
-                close = kept[(x @ b[i])[at[kept]] > threshold - 2 * hair]
-                sure = x[at[close]].astype(np.float64) @ b[i].astype(np.float64)
-                near[i], near_kept[i] = close[sure.argmax()], sure.max() >= threshold
+                key = hashlib.blake2b(past.digest() + b.tobytes()).digest()
+                if found := journal and journal.get(key):
+                    best, near, near_kept = found
+                else:
+                    best, hit = (a[:, 0] for a in index.search(b, 1))
+                    near, near_kept = kept[hit], best >= threshold
+                    for i in np.flatnonzero(abs(best - threshold) < hair):
+                        close = kept[(x @ b[i])[at[kept]] > threshold - 2 * hair]
+                        sure = x[at[close]].astype(np.float64) @ b[i].astype(np.float64)
+                        near[i], near_kept[i] = close[sure.argmax()], sure.max() >= threshold
+                    if journal:
+                        journal.put(key, best, near, near_kept)
             within = b @ b.T  # ... then the block against itself, in order
             same = within >= threshold
             for i in np.flatnonzero((abs(within - threshold) < hair).any(1)):
@@ -538,6 +565,7 @@ def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None):
         cosine[rows[gone]] = np.einsum("nd,nd->n", b[gone], x[at[near[gone]]])
         kept = np.concatenate([kept, rows[alive]])
         index.add(b[alive])
+        past.update(rows[alive].tobytes() + b[alive].tobytes())
     bar.close()
     return leader, cosine
 
@@ -1203,7 +1231,8 @@ def main():
         facts.update(zip(todo, album.add([(images[i], file(i)) for i in todo])))
         return np.array(["rule" not in facts.get(i, {}) for i in some.tolist()], bool)
 
-    leader, cosine = keep_one(x, args.threshold, at=at, follow=follow, usable=None if args.text_only else usable)
+    journal = work / ".search.sqlite"
+    leader, cosine = keep_one(x, args.threshold, at=at, follow=follow, usable=None if args.text_only else usable, journal=Journal(journal))
     kept = np.flatnonzero(leader == np.arange(len(leader)))
     near = np.flatnonzero((leader >= 0) & (leader != np.arange(len(leader))))
 
@@ -1278,6 +1307,7 @@ def main():
                      else {"model": "ViT-L-14", "pretrained": "openai"},
     }
     draw_funnel(funnel, work / "funnel.png")
+    journal.unlink()
     with atomic(work / "summary.json", "w") as f:
         json.dump(summary, f, indent=1)
     if out.exists():

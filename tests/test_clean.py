@@ -361,6 +361,37 @@ def test_unusable_rows_go_as_if_never_there(seed, n, block):
     assert not broken[list(kept)].any() and set(asked) >= kept | found
 
 
+def test_killed_search_goes_on(tmp_path, monkeypatch):
+    """What was searched is not searched again; another threshold, or another row kept before, is another search."""
+    x, calls, real = clusters(np.random.default_rng(0), 600, 16, 200, .1), [], clean.flat_index
+
+    class Index:
+        def __init__(self, dim):
+            self.index, self.add = real(dim), lambda b: self.index.add(b)
+
+        def search(self, b, k):
+            calls.append(len(b))
+            if len(calls) == self.dies:
+                raise KeyboardInterrupt
+            return self.index.search(b, k)
+    whole = clean.keep_one(x, .8, 50)
+    monkeypatch.setattr(clean, "flat_index", Index)
+    Index.dies = 6
+    with pytest.raises(KeyboardInterrupt):
+        clean.keep_one(x, .8, 50, journal=clean.Journal(tmp_path / "j"))
+    Index.dies, calls[:] = 0, []
+    again = clean.keep_one(x, .8, 50, journal=clean.Journal(tmp_path / "j"))
+    assert len(calls) == 11 - 5 and all((a == b).all() for a, b in zip(whole, again))
+    calls.clear()
+    clean.keep_one(x, .7, 50, journal=clean.Journal(tmp_path / "j"))
+    assert len(calls) == 11
+    calls.clear()
+    clean.keep_one(x, .8, 50, usable=lambda rows: rows > 0, journal=clean.Journal(tmp_path / "j"))
+    assert len(calls) == 11
+    (tmp_path / "j").write_bytes(b"no database" * 1000)
+    assert (clean.keep_one(x, .8, 50, journal=clean.Journal(tmp_path / "j"))[0] == whole[0]).all()
+
+
 def test_split_never_leaks():
     rng = np.random.default_rng(0)
     x = clusters(rng, 800, 16, 300, .35)
