@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -371,7 +372,7 @@ def collate(items, mixed=0, tokenize=None):
     """-> pictures, targets, flips, tokens of the prompts that MixGen joins (tokenised here, in the loader's workers) or None, rows."""
     pictures, targets, flips, prompts, rows = zip(*items)
     tokens = dict(tokenize([f"{a} {b}" for a, b in zip(prompts[:mixed], prompts[mixed:2 * mixed])])) if mixed else None
-    return torch.stack(pictures), torch.from_numpy(np.stack(targets)), torch.tensor(flips), tokens, torch.tensor(rows)
+    return torch.stack(pictures), torch.from_numpy(np.stack(targets)), torch.tensor(flips, dtype=torch.bool), tokens, torch.tensor(rows)
 
 
 def ignore_signals(_):
@@ -510,21 +511,19 @@ def memory(device):
 
 
 def check_finite(recent, names, world):
-    """recent: [(step, rows, cosines, gradient norm or None), ...] since the last look. Exits on every process, with the first bad step and its pictures.
-    The looks are rare because each one waits for the device; the update of a bad step was skipped there, so nothing is lost in between."""
-    if all(torch.isfinite(t).all() for _, _, cos, norm in recent for t in (cos, norm) if t is not None) and world == 1:
-        return
-    bad = [(step, [names[i] for i in rows[~torch.isfinite(cos).cpu()].tolist()], norm if norm is None else norm.item())
-           for step, rows, cos, norm in recent if not all(torch.isfinite(t).all() for t in (cos, norm) if t is not None)]
+    """recent: [(step, rows, cosines, gradient norm), ...] since the last look. Exits on every process, with the first bad step and its pictures.
+    Looks are rare because they wait for the device; the optimiser has skipped a bad step by itself, so nothing is lost in between."""
+    bad = [(step, [names[i] for i in rows[~torch.isfinite(cos).cpu()].tolist()])
+           for step, rows, cos, norm in recent if not (torch.isfinite(cos).all() and torch.isfinite(norm))]
     if world > 1:
-        lists = [None] * world
-        dist.all_gather_object(lists, bad)
-        bad = [b for found in lists for b in found]
+        found = [None] * world
+        dist.all_gather_object(found, bad)
+        bad = sum(found, [])
     if bad:
-        step = min(b[0] for b in bad)
-        ids = sorted({i for s, ids, _ in bad if s == step for i in ids})
-        sys.exit(f"step {step}: {'loss' if ids else 'gradient'} not finite, stopped before its update; {f'pictures: {chr(44).join(ids[:8])}' if ids else 'every loss was finite'}. "
-                 "The checkpoints on disk are good: --resume goes on from them; lower --lr, or try --precision fp32")
+        step = min(bad)[0]
+        ids = sorted({i for s, pictures in bad if s == step for i in pictures})
+        what = f"the loss of {', '.join(ids[:8])} is not finite" if ids else "the gradient is not finite, though every loss is"
+        sys.exit(f"step {step}: {what}; stopped before the update, and the checkpoints on disk are good. Mend the data, lower --lr, or try --precision fp32; then --resume")
 
 
 def draw_curve(file, out, baseline):
@@ -574,7 +573,11 @@ def describe(net, groups, spec, args, device, autocast):
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         net(x)
     kept = {}  # what autograd keeps for the backward pass, by storage: saved twice is stored once
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t, lambda t: t), autocast():
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast():
         net(x).sum()
     own = {p.untyped_storage().data_ptr() for p in net.parameters()}
     activations = sum(n for k, n in kept.items() if k not in own) / len(x) * args.batch_size
@@ -742,7 +745,10 @@ def main():
     if args.dry_run and rank == 0:
         describe(net, groups, spec, args, device, autocast)
     if lp:
-        features = np.zeros((2, len(paths), next(net.head.parameters()).shape[1]), np.float32) if args.dry_run else extract_features(net, spec, summary["hashes"], paths, 1 + (args.hflip > 0), args, device, DTYPES[args.precision], rank, world)
+        if args.dry_run:
+            features = np.zeros((2, len(paths), next(net.head.parameters()).shape[1]), np.float32)
+        else:
+            features = extract_features(net, spec, summary["hashes"], paths, 1 + (args.hflip > 0), args, device, DTYPES[args.precision], rank, world)
         if world > 1:
             dist.destroy_process_group()
         if rank > 0:
@@ -778,7 +784,7 @@ def main():
         while step < total:
             epoch, done = divmod(step, per_epoch)
             rng = np.random.default_rng((args.seed, epoch))
-            order, flip = train[rng.permutation(len(train))], rng.random(len(names)) < args.hflip
+            order, flip = train[rng.permutation(len(train))], (rng.random(len(names)) < args.hflip).astype(int)
             for i in range(done, per_epoch):
                 # dealt like cards: a row and its MixGen partner, M rows on, meet on one device, so any division of the batch mixes the same pairs
                 hands = order[i * batch:(i + 1) * batch].reshape(args.batch_size, -1).T
@@ -786,30 +792,26 @@ def main():
                     yield list(zip(rows.tolist(), flip[rows].tolist()))
             step += per_epoch - done
 
-    def batches(step):
-        if lp:
-            for items in plan(step):
-                rows, flip = (np.array(x) for x in zip(*items))
-                yield torch.from_numpy(features[flip.astype(int), rows]).float(), torch.from_numpy(targets[rows]), None, None, torch.from_numpy(rows)
-        else:
+    def load(plan, mixed=0):
+        """Micro-batches of a plan [[(row, flip), ...], ...]: features in lp, pictures in ft. -> x, targets, flips, MixGen's tokens or None, rows"""
+        if not lp:
             tokenize = encoder and partial(encoder.tokenizer, padding=True, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt")
-            yield from DataLoader(TrainPairs(pictures, targets, prompts), batch_sampler=plan(step), num_workers=args.workers, pin_memory=device.type == "cuda",
-                                  collate_fn=partial(collate, mixed=int(args.mixgen * args.batch_size), tokenize=tokenize), worker_init_fn=ignore_signals,
-                                  generator=torch.Generator())  # its own: building an iterator would draw from the global stream and shift dropout after a resume
+            # its own generator: building an iterator would draw from the global stream and shift dropout after a resume
+            yield from DataLoader(TrainPairs(pictures, targets, prompts), batch_sampler=plan, collate_fn=partial(collate, mixed=mixed, tokenize=tokenize),
+                                  num_workers=args.workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals, generator=torch.Generator())
+        for items in plan if lp else ():
+            rows, flip = np.array(items).T
+            yield torch.from_numpy(features[flip, rows]).float(), torch.from_numpy(targets[rows]), None, None, torch.from_numpy(rows)
 
     def evaluate(model):
         """-> {split: mean cosine}, rows shared out over the processes."""
         model.eval()
         scores = {}
         for name, rows in held.items():
-            mine, cos = rows[rank::world], []
+            mine = rows[rank::world].tolist()
+            chunks = [[(i, 0) for i in mine[at:at + args.batch_size]] for at in range(0, len(mine), args.batch_size)]
             with torch.inference_mode(), autocast():
-                if lp:
-                    cos = [cosine(model.embed(torch.from_numpy(features[0, part]).float().to(device)), torch.from_numpy(targets[part]).to(device)) for part in np.array_split(mine, -(-len(mine) // 4096))]
-                else:
-                    loader = DataLoader(TrainPairs(pictures, targets, prompts), args.batch_size, sampler=[(i, False) for i in mine.tolist()], collate_fn=collate,
-                                        num_workers=args.workers, worker_init_fn=ignore_signals, generator=torch.Generator())
-                    cos = [cosine(model(x.to(device)), y.to(device)) for x, y, *_ in loader]
+                cos = [cosine(model.embed(x.to(device)) if lp else model(x.to(device)), y.to(device)) for x, y, *_ in load(chunks)]
             total_cos, n = add_up([torch.cat(cos).double().sum().item() if cos else 0.0, len(mine)], world, device)
             scores[name] = total_cos / n
         return scores
@@ -899,7 +901,7 @@ def main():
     training()
     if step == 0 and not args.dry_run:
         score = validate()  # ft starts at the lp score
-    source, recent = batches(step), []
+    source, recent = load(plan(step), int(args.mixgen * args.batch_size)), []
     began = saved = clock = time.perf_counter()
     waited, logged = 0.0, step
 
@@ -935,7 +937,7 @@ def main():
         # no waiting for the device here: the fused AdamW skips a bad step by itself, and check_finite tells at the next look
         if not scaler.is_enabled():  # fp16's overflowing gradients are the scaler's own business
             optimizer.found_inf = 1 - (torch.isfinite(norm) & torch.isfinite(cos).all()).float()
-        recent.append((step, torch.cat(rows), cos, None if scaler.is_enabled() else norm))
+        recent.append((step, torch.cat(rows), cos, torch.zeros(()) if scaler.is_enabled() else norm))
         scaler.step(optimizer)
         scaler.update()
         if ema:
@@ -983,7 +985,7 @@ def guarded():
     try:
         main()
     except BadPicture as e:  # comes out of a loader worker wrapped in its traceback
-        sys.exit(str(e).strip().splitlines()[-1].removeprefix("train.BadPicture: ").removeprefix("__main__.BadPicture: "))
+        sys.exit(str(e).strip().splitlines()[-1].split("BadPicture: ")[-1])
     except (RuntimeError, SafetensorError) as e:
         text = str(e)
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -992,6 +994,9 @@ def guarded():
             sys.exit(f"a checkpoint could not be written, the old one is untouched; disk full? ({text.splitlines()[0][:120]})")
         raise
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the next line as an error
+        for worker in multiprocessing.active_children():
+            worker.kill()  # after an error Python would end them by SIGTERM, which they ignore, and wait for ever
         if dist.is_initialized():
             dist.destroy_process_group()
 

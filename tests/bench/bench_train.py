@@ -66,7 +66,7 @@ def ours(*flags):
     sys.argv = ["train.py", *map(str, flags)]
     started = time.perf_counter()
     with redirect_stdout(sys.stderr):
-        train.main()
+        train.guarded()
     seconds, out = time.perf_counter() - started, Path(flags[flags.index("--out") + 1])
     return seconds, [json.loads(line) for line in (out / flags[flags.index("--phase") + 1] / "metrics.jsonl").read_text().splitlines()]
 
