@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from clean import (IMAGE_COLUMNS, IMAGE_SUFFIXES, PROMPT_COLUMNS, TABLE_SUFFIXES, atomic, encode_cached, is_archive, list_members, open_rgb, read_data,
                    read_table, run, sha256)
-from train import Pictures, cosine, find_checkpoint, load_net, pick_precision, to_square
+from train import DTYPES, Pictures, cosine, find_checkpoint, load_net, pick_precision, to_square
 
 VIEWS = {  # --tta N takes the first N. name: (resolution as a factor, share of the centre that is seen, mirrored)
     "image": (1, 1, False), "mirror": (1, 1, True),
@@ -188,8 +188,9 @@ class Viewer(nn.Module):
     def __init__(self, checkpoint, views, precision="auto", device="cpu", compiled=False):
         super().__init__()
         net, self.meta = load_net(checkpoint)
-        self.device, self.precision = torch.device(device), pick_precision(precision, torch.device(device))[2]
-        dtype = {"amp_bf16": torch.bfloat16, "amp": torch.float16, "fp32": torch.float32}[self.precision]
+        self.device = torch.device(device)
+        self.precision = pick_precision(precision, self.device, net)[2]
+        self.dtype = DTYPES[self.precision]
         spec = self.meta["tower"]
         patch = spec.get("config", {}).get("vision_cfg", {}).get("patch_size") or np.max(getattr(getattr(net.tower, "patch_embed", None), "patch_size", 32))
         sizes = {f: spec["image_size"] if f == 1 else int(-(-spec["image_size"] * f // patch) * patch) for f, _, _ in map(VIEWS.get, views)}
@@ -198,13 +199,12 @@ class Viewer(nn.Module):
         self.nets = nn.ModuleDict({str(s): net if s == spec["image_size"] else load_net(checkpoint, s)[0] for s in sizes.values()})
         self.eval().requires_grad_(False).to(self.device)
         for n in self.nets.values():
-            n.tower.to(dtype)  # once; autocast would cast every weight again for every batch
+            n.tower.to(self.dtype)  # once; autocast would cast every weight again for every batch
             for m in n.tower.modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm):
                     m.float()  # running variances do not fit eight bits of mantissa
             if compiled:
                 n.tower.compile()
-        self.dtype = dtype
 
     def forward(self, pictures):
         total = 0
