@@ -1076,6 +1076,8 @@ def check_args(args):
     out = Path(args.out)
     if out.exists() and not args.threshold_report and not args.overwrite and (not out.is_dir() or any(out.iterdir())):
         sys.exit(f"{out}: already there; choose another --out, or replace it with --overwrite")
+    if args.generate and args.text_only:
+        sys.exit("--generate draws pictures and --text-only wants none; leave one of them out")
     if args.generate and not importlib.util.find_spec("diffusers"):
         sys.exit("--generate: the package diffusers is not installed; install it with: pip install diffusers")
     for path in [*args.input, *args.exclude]:
@@ -1179,9 +1181,9 @@ def main():
     left, dropped = rows, []
     schema = {"row": pl.Int64, "rule": pl.String, "kept": pl.Int64, "cosine": pl.Float32}
 
-    def drop(rule, gone, kept=None, cosine=None):
+    def drop(rule, gone, cosine=None):
         nonlocal left
-        table = left.select("row", rule=pl.lit(rule), kept=pl.lit(kept), cosine=pl.lit(cosine)).cast(schema)
+        table = left.select("row", rule=pl.lit(rule), kept=pl.lit(None), cosine=pl.lit(cosine)).cast(schema)
         dropped.append(table.filter(gone))
         left = left.filter(~gone)
         if not len(left):
@@ -1224,7 +1226,7 @@ def main():
     ids, images, at, follow = (left[c].to_numpy() for c in ("row", "image", "at", "follow"))
     album = Album(work, out, {"size": args.size, "link": args.link}, args.workers)
     facts = {}
-    file = lambda i: f"images/{ids[i] // 1000:04d}/{ids[i]:07d}{Path(images[i]).suffix if args.link else '.jpg'}"  # noqa: E731
+    file = lambda i: f"images/{ids[i] // 1000:04d}/{ids[i]:07d}{Path(images[i]).suffix if args.link and images[i] else '.jpg'}"  # noqa: E731
 
     def usable(some):
         todo = [i for i in some.tolist() if i not in facts and images[i] is not None]

@@ -176,6 +176,7 @@ def test_diffusiondb_flags_in_metadata(cleaned, tmp_path):
     pairs, dropped, _ = cleaned(tmp_path / "ddb", "--max-nsfw", 0.5, "--max-prompt-nsfw", 0.5, "--min-side", 64, "--max-side", 2000, out="b")
     assert dropped["rule"].to_list()[:4] == ["nsfw", "nsfw", "nsfw", "not downloaded"]
     assert len(cleaned(tmp_path / "ddb/metadata.parquet", out="c")[0]) == 4, "the metadata file names its root"
+    assert cleaned(tmp_path / "ddb", "--max-nsfw", 9, out="d")[1]["rule"][0] == "nsfw", "2.0 goes whatever the threshold"
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.parquet", "t.jsonl"])
