@@ -441,7 +441,8 @@ def clip_tokens(prompts, limit=77):
     if not len(long):
         return counts
     from open_clip.tokenizer import SimpleTokenizer
-    tokenizer, pattern, cost = SimpleTokenizer(), r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", {}
+    tokenizer, cost = SimpleTokenizer(), {}
+    pattern = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     for start in range(0, len(long), 50_000):
         rows = long[start:start + 50_000]
         words = prompts.gather(rows).str.to_lowercase().str.extract_all(pattern).alias("word").to_frame().with_row_index("row").explode("word").drop_nulls()
@@ -973,7 +974,7 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
         else:
             add(prompt, "(wrong extension)", image, ".webp", format="JPEG", quality=95)
     with atomic(folder / "prompts.csv") as f:
-        pl.DataFrame(table, schema=["image", "prompt", "dirt"], orient="row").write_csv(f)
+        f.write(pl.DataFrame(table, schema=["image", "prompt", "dirt"], orient="row").write_csv().encode())
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -1239,13 +1240,12 @@ def main():
     near = np.flatnonzero((leader >= 0) & (leader != np.arange(len(leader))))
 
     # down each chain of equal prompts: exact duplicates of the row that was judged, but for up to K - 1 more pictures of a kept one
-    extra, boss = np.zeros(len(leader), bool), np.flatnonzero(leader >= 0)
+    extra, boss, pictured = np.zeros(len(leader), bool), np.flatnonzero(leader >= 0), left["image"].is_not_null().to_numpy()
     cur, room = follow[boss], np.where(leader[boss] == boss, args.per_prompt - 1, 0)
     while (on := cur >= 0).any():
         boss, cur, room = boss[on], cur[on], room[on]
-        good = room > 0
-        if good.any() and not args.text_only:
-            good[good] = usable(cur[good])
+        good = (room > 0) & pictured[cur]
+        good[good] = usable(cur[good])
         extra[cur[good]], leader[cur] = True, leader[boss]
         cur, room = follow[cur], room - good
     bad = [i for i in sorted(facts) if "rule" in facts[i]]
@@ -1280,9 +1280,10 @@ def main():
     gone = pl.concat(dropped).join(where, on="kept", how="left").join(rows, on="row", how="left").sort("row")
     gone = gone.select("image", "prompt", "rule", pl.col("at").alias("kept"), "kept_prompt", "cosine", "source")
     for table, path in ((pairs, "pairs.parquet"), (gone, "dropped.parquet")):
-        with atomic(work / path) as f:
-            table.write_parquet(f)
-    with atomic(work / "targets.npy") as f:  # as np.save, which on a full disk raises an error without its reason
+        with atomic(work / path) as f:  # Python writes: on a full disk polars, and np.save below, would raise an error without its reason
+            table.write_parquet(buffer := io.BytesIO())
+            f.write(buffer.getbuffer())
+    with atomic(work / "targets.npy") as f:
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(x))
         f.write(x.data)
 

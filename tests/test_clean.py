@@ -298,7 +298,7 @@ def test_repair():
 def test_clip_tokens_are_exact():
     from open_clip.tokenizer import SimpleTokenizer
     rng, tokenizer = np.random.default_rng(0), SimpleTokenizer()
-    words = "masterpiece trending on artstation, it's they'll (x:1.2) 1234 8k ultra-realistic café Ünïcödé 🐱🐶 猫 <|weird|> $$$ Greg Rutkowski's 'd 've ...".split()
+    words = "masterpiece trending on artstation, it's they'll (x:1.2) 1234 8k ultra-realistic café Ünïcödé 🐱🐶 猫 <|weird|> <END_of_text> $$$ Greg Rutkowski's 'd 've ...".split()
     texts = [" ".join(rng.choice(words, n)) for n in rng.integers(1, 60, 300)]
     counts = clean.clip_tokens(pl.Series("p", texts)).to_numpy()
     exact = np.array([len(tokenizer.encode(t)) + 2 for t in texts])
@@ -435,6 +435,7 @@ def test_per_prompt(cleaned, table, tmp_path):
     pairs, dropped, _ = cleaned(path, "--per-prompt", 3)
     assert [os.path.basename(o) for o in pairs["origin"]] == ["0.png", "2.png", "3.png", "5.png", "6.png"] and pairs["prompt"].to_list() == [a] * 3 + [b] * 2
     assert dropped["rule"].to_list() == ["image unreadable", "near-duplicate", "exact duplicate"] and dropped["kept"].to_list() == [None, 0, 0]
+    assert len(cleaned(path, "--per-prompt", 3, "--text-only", out="text")[0]) == 2, "without pictures there is nothing to keep more of"
     pairs, dropped, _ = cleaned(path, out="one")
     assert [os.path.basename(o) for o in pairs["origin"]] == ["0.png", "5.png"]
 
@@ -723,13 +724,14 @@ def test_second_process_gets_one_line(cleaned, world, tmp_path):
     cleaned(world)
 
 
-def test_full_disk_leaves_nothing_half_written(world, tmp_path):
+@pytest.mark.parametrize("flags, limit", [([], 200_000), ([], 20_000), (["--text-only"], 6_000)])
+def test_full_disk_leaves_nothing_half_written(world, tmp_path, flags, limit):
     """A file size limit stands in for a full disk: one line, the old folder as it was."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old.txt").write_text("old")
     script = f"""import sys, resource; sys.path[:0] = [{str(ROOT / 'tests')!r}, {str(ROOT)!r}]
-import clean, test_clean; clean.encode_cached = test_clean.fake_vectors; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); clean.run(clean.main)"""
-    done = subprocess.run([sys.executable, "-c", script, str(world), "--out", str(tmp_path / "out"), "--overwrite", "--workers", "1"], capture_output=True, text=True)
+import clean, test_clean; clean.encode_cached = test_clean.fake_vectors; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); clean.run(clean.main)"""
+    done = subprocess.run([sys.executable, "-c", script, str(world), "--out", str(tmp_path / "out"), "--overwrite", "--workers", "1", *flags], capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr and "File too large" in done.stderr
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["old.txt"] and not list((tmp_path / "out.partial").rglob("*.tmp"))
 
