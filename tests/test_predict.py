@@ -361,10 +361,15 @@ def test_torchrun_gives_the_same_bytes(trained, raw, tmp_path):
     args = [raw / "images", "--run", trained, "--tta", 2, "--workers", 0, "--batch-size", 16, "--submission"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command("predict.py", *args, tmp_path / "1.csv", "--out", tmp_path / "1.npz", env=env)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", ROOT / "predict.py", *map(str, args), tmp_path / "2.csv",
+    counting = tmp_path / "counting.py"  # the same command, noting every batch that a rank predicts
+    counting.write_text(f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import predict; old = predict.embed\n"
+                        f"def embed(*a):\n    print('batch', file=open(f'{tmp_path}/rank{{os.environ[\"RANK\"]}}', 'a'))\n    return old(*a)\n"
+                        "predict.embed = embed; predict.main()")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", counting, *map(str, args), tmp_path / "2.csv",
                            "--out", tmp_path / "2.npz"], capture_output=True, text=True, env=env, timeout=280)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 2, "rank 0 alone speaks"
+    assert [len((tmp_path / f"rank{r}").read_text().split()) for r in range(2)] == [7, 6], "200 pictures are 13 batches of 16, each predicted once"
     for kind in ("csv", "npz"):
         assert (tmp_path / f"1.{kind}").read_bytes() == (tmp_path / f"2.{kind}").read_bytes()
 
