@@ -445,10 +445,11 @@ def clip_tokens(prompts, limit=77):
     pattern = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     for start in range(0, len(long), 50_000):
         rows = long[start:start + 50_000]
-        words = prompts.gather(rows).str.to_lowercase().str.extract_all(pattern).alias("word").to_frame().with_row_index("row").explode("word").drop_nulls()
+        words = prompts.gather(rows).str.to_lowercase().str.extract_all(pattern).alias("word")
+        words = words.to_frame().with_row_index("row").explode("word").drop_nulls()
         new = [w for w in words["word"].unique() if w not in cost]
         cost.update((w, len(tokenizer.bpe("".join(tokenizer.byte_encoder[b] for b in w.encode())).split(" "))) for w in new)
-        words = words.with_columns(pl.col("word").replace_strict(cost, return_dtype=pl.Int64)).group_by("row", maintain_order=True).agg(pl.col("word").sum() + 2)
+        words = words.group_by("row").agg(pl.col("word").replace_strict(cost, return_dtype=pl.Int64).sum() + 2)
         counts = counts.scatter(rows.gather(words["row"]), words["word"])
     return counts
 
@@ -508,8 +509,8 @@ class Journal:
 
 def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None, journal=None):
     """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. Exact (near the threshold the cosine is computed
-    again in float64, so neither block size nor thread count nor GPU changes a row), no neighbour lists, no cap; work = rows x kept. x: unit rows float32.
-    -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader.
+    again in float64, so neither block size nor thread count nor GPU changes a row), no neighbour lists, no cap; work = rows x kept.
+    x: unit rows float32 (N, D). -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader.
     With `at` (N,) row i has the vector x[at[i]]. With `follow` (N,) row i stands for the chain i, follow[i], ... (-1 ends it) of equal prompts, and
     only the first is judged. usable(rows) -> mask is asked about rows that would be kept: one that is not goes as if it had never been in the input,
     the next of its chain being judged instead. Rows that were not judged have leader -1. `journal`: where to go on after a kill."""
@@ -581,7 +582,7 @@ def nearest(queries, keys):
 
 
 def split_groups(x, val_fraction, seed, ood=None):
-    """-> group (N,), split (N,) of "train" / "val" / "guard" / "ood". `ood` (N,): rows never trained on. Groups (leader and followers at cosine >= 0.7)
+    """-> group (N,), split (N,) of "train" / "val" / "guard" / "ood". `ood` (N,): rows never trained on. Groups (leader, followers at cosine >= 0.7)
     without such a row go to val whole, in random order, as long as they fit; then every training row at cosine >= 0.7 to a validation or ood row
     becomes guard and is not trained on."""
     ood = np.zeros(len(x), bool) if ood is None else ood
@@ -612,8 +613,9 @@ def as_rows(table, source, **columns):
 
 
 def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None, source=None):
-    """A CSV, TSV, Parquet or JSONL table (or a locator of one in an archive) -> DataFrame of ROW: image (full path or locator, or null), prompt, source, ...,
-    rows in file order. need: the columns it must have, of "image" and "prompt"; unset = both, or the prompt alone with text_only. Exits with one line."""
+    """A CSV, TSV, Parquet or JSONL table (or a locator of one in an archive) -> DataFrame of ROW in file order: image (full path or locator, or null),
+    prompt, source, ... need: the columns it must have, of "image" and "prompt"; unset = both, or the prompt alone with text_only.
+    Exits with one line where there is no such file, table or column."""
     need = need or (("prompt",) if text_only else ("image", "prompt"))
     kind = Path(str(path)).suffix.lower()
     if "::" not in str(path) and not Path(path).is_file():
@@ -658,7 +660,7 @@ def is_diffusiondb(path):
 
 
 def read_diffusiondb(metadata, source):
-    """DiffusionDB by its metadata(-large).parquet -> DataFrame of ROW; a row whose part is not there has no image. Parts lie beside the metadata or under
+    """DiffusionDB by its metadata(-large).parquet -> DataFrame of ROW; a row whose part is not there has no image. Parts lie beside the metadata, under
     images/ or diffusiondb-large-part-*/, as zips or unzipped folders, or all their images flat in one folder."""
     root, where, flat = metadata.resolve().parent, {}, {}
     for folder in (root, root / "images", *sorted(root.glob("diffusiondb-large-part-*"))):
@@ -699,8 +701,8 @@ def png_prompt(file):
 
 
 def read_place(place, source):
-    """A folder, zip or tar, read in place -> DataFrame of ROW with every image in it, its prompt from the first that has one: DiffusionDB's part JSON,
-    metadata.csv / .jsonl / .parquet (file_name), a sidecar of the same name (.txt, .json), the PNG's own text. Archives in a folder are read too."""
+    """A folder, zip or tar, read in place -> DataFrame of ROW with every image in it, its prompt from the first that has one: DiffusionDB's
+    part JSON, metadata.csv / .jsonl / .parquet (file_name), a sidecar of the same name (.txt, .json), the PNG's own text. Archives in a folder are read too."""
     place, texts, tables, frames = Path(place), {}, [], []
     if place.is_dir():
         names = sorted((Path(d) / f).relative_to(place).as_posix() for d, _, files in os.walk(place) for f in files)
@@ -776,7 +778,7 @@ def absent(images):
 
 
 def download(what, root):
-    """`2m:1-20` or `large:1,7-9`: those parts of DiffusionDB and its metadata, from the hub into the folder `root` -> the folder. What is there is not
+    """`2m:1-20` or `large:1,7-9`: those parts of DiffusionDB and its metadata, from the hub into the folder `root` -> it. What is there is not
     fetched again, what was interrupted goes on. HF_ENDPOINT names another hub."""
     kind, _, parts = what.partition(":")
     if kind not in ("2m", "large") or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", parts):
@@ -819,24 +821,31 @@ PLACES = {"above": ((.5, .27), (.5, .73)), "below": ((.5, .73), (.5, .27)),
           "beside": ((.27, .5), (.73, .5)), "behind": ((.4, .4), (.58, .58)), "inside": ((.5, .5), (.5, .5))}
 SCENES = {  # name: (colour behind, what stroke i draws at a = i * w, on d, s x s pixels, with r for chance)
     "a starry night sky": ("#0b1030", lambda d, s, r, i, a, w: [d.rectangle((x, y, x + 1, y + 1), fill="#fff8c0") for x, y in dots(r, s, 6)]),
-    "a checkerboard floor": ("white", lambda d, s, r, i, a, w: [d.rectangle((j, a, j + w - 1, a + w - 1), fill="#222222") for j in range(i % 2 * w, s, 2 * w)]),
+    "a checkerboard floor": ("white", lambda d, s, r, i, a, w: [d.rectangle((j, a, j + w - 1, a + w - 1), fill="#222222")
+                                                                  for j in range(i % 2 * w, s, 2 * w)]),
     "zebra stripes": ("white", lambda d, s, r, i, a, w: d.line((2 * a - s, 0, 2 * a, s), fill="black", width=w // 2)),
     "a green meadow": ("#6fbf4a", lambda d, s, r, i, a, w: [d.line((x, y, x + 2, y - 6), fill="#2f7d1f") for x, y in dots(r, s, 9)]),
-    "a desert at sunset": ("#f29b5b", lambda d, s, r, i, a, w: d.rectangle((0, a, s, a + w), fill="#d9b36c" if a > s * .6 else (250 - 2 * a, 110 + a, 90))),
+    "a desert at sunset": ("#f29b5b", lambda d, s, r, i, a, w: d.rectangle(
+        (0, a, s, a + w), fill="#d9b36c" if a > s * .6 else (250 - 2 * a, 110 + a, 90))),
     "a blue ocean": ("#2b6fb5", lambda d, s, r, i, a, w: [d.arc((j, a, j + w, a + w), 0, 180, fill="#a8dcff") for j in range(0, s, w)]),
     "a brick wall": ("#a6452f", lambda d, s, r, i, a, w: [d.line(xy, fill="#e6d9c9") for xy in
                                                           [(0, a, s, a)] + [(j, a, j, a + w) for j in range(i % 2 * w, s, 2 * w)]]),
-    "polka dot wallpaper": ("#f7c6d9", lambda d, s, r, i, a, w: [d.ellipse((j, a, j + w * .7, a + w * .7), fill="white") for j in range(i % 2 * w // 2, s, 2 * w)]),
-    "thick fog": ("#c9ccd1", lambda d, s, r, i, a, w: d.ellipse((r.randrange(-s, s), a, r.randrange(s, 2 * s), a + s // 3), fill=(215 + i, 217 + i, 220 + i))),
-    "snowy hills": ("#a9d4f2", lambda d, s, r, i, a, w: d.ellipse((a - s // 3, s * .55 + i % 3 * 5, a + s // 3, s * 1.4), fill="white", outline="#8fb3cc")),
-    "a rainbow": ("#d9ecff", lambda d, s, r, i, a, w: d.arc((i * 4 - 8, i * 4 + 4, s + 8 - i * 4, 2 * s - i * 4), 180, 360, width=4, fill=COLOURS[i % 6])),
+    "polka dot wallpaper": ("#f7c6d9", lambda d, s, r, i, a, w: [d.ellipse((j, a, j + w * .7, a + w * .7), fill="white")
+                                                                   for j in range(i % 2 * w // 2, s, 2 * w)]),
+    "thick fog": ("#c9ccd1", lambda d, s, r, i, a, w: d.ellipse(
+        (r.randrange(-s, s), a, r.randrange(s, 2 * s), a + s // 3), fill=(215 + i, 217 + i, 220 + i))),
+    "snowy hills": ("#a9d4f2", lambda d, s, r, i, a, w: d.ellipse(
+        (a - s // 3, s * .55 + i % 3 * 5, a + s // 3, s * 1.4), fill="white", outline="#8fb3cc")),
+    "a rainbow": ("#d9ecff", lambda d, s, r, i, a, w: d.arc(
+        (i * 4 - 8, i * 4 + 4, s + 8 - i * 4, 2 * s - i * 4), 180, 360, width=4, fill=COLOURS[i % 6])),
     "a rainy window": ("#66788a", lambda d, s, r, i, a, w: [d.line((x, y, x - 3, y + 9), fill="#c4d8ea") for x, y in dots(r, s, 6)]),
     "a city skyline": ("#33264d", lambda d, s, r, i, a, w: [d.rectangle((a, top, a + w - 2, s), fill="#14101f") or d.point(
         [(x, y) for y in range(top + 3, s, 6) for x in (a + 2, a + w - 5)], fill="#ffd95a") for top in [r.randrange(s // 4, s * 3 // 4)]]),
     "stage curtains": ("#8a1020", lambda d, s, r, i, a, w: d.rectangle((a, 0, a + w // 2, s), fill="#c4293b")),
     "graph paper": ("#fdfdf5", lambda d, s, r, i, a, w: [d.line(xy, fill="#9cc3e6") for xy in ((0, a, s, a), (a, 0, a, s))]),
-    "burning flames": ("#3a0a00", lambda d, s, r, i, a, w: [d.polygon([(a - w / k, s), (a + w // 2, top + s // 3 * (k - 1)), (a + 2 * w / k, s)], fill=fill)
-                                                            for top in [r.randrange(s // 5, s // 2)] for k, fill in ((1, "#ff7a00"), (2, "#ffd21f"))]),
+    "burning flames": ("#3a0a00", lambda d, s, r, i, a, w: [
+        d.polygon([(a - w / k, s), (a + w // 2, top + s // 3 * (k - 1)), (a + 2 * w / k, s)], fill=fill)
+        for top in [r.randrange(s // 5, s // 2)] for k, fill in ((1, "#ff7a00"), (2, "#ffd21f"))]),
 }
 STYLES = ["pencil sketch", "neon glow", "blurry photo", "pixel art", "tile mosaic", "comic book", "embossed metal", "watercolor", "framed poster",
           "old photograph", "oval portrait", "flat vector art"]
@@ -944,15 +953,19 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
     (folder / "images").mkdir(parents=True)
     for i in tqdm(range(rows), desc="drawing", unit="picture", disable=rows < 1000):
         prompt, image = picture()  # one picture in ten lies about its extension or is not plain RGB, and must survive
-        kind, lie = {0: ("(rgba)", image.convert("RGBA")), 10: ("(palette)", image.quantize(64)), 20: ("(grey)", image.convert("L"))}.get(i % 40, ("", image))
-        add(prompt, kind, lie) if i % 40 != 30 else add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
+        lies = {0: ("(rgba)", image.convert("RGBA")), 10: ("(palette)", image.quantize(64)), 20: ("(grey)", image.convert("L"))}
+        add(prompt, *lies.get(i % 40, ("", image))) if i % 40 != 30 else add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
     originals = [(row[1], Image.open(folder / row[0]).convert("RGB")) for row in rng.sample([r for r in table if not r[2]], dirt * 5 // 8)]
     for i, (prompt, image) in enumerate(originals):
         if i % 2:
-            add([prompt.upper(), f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!", prompt.title()][i // 2 % 4], "exact duplicate", image)
+            again = prompt.upper(), f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!", prompt.title()
+            add(again[i // 2 % 4], "exact duplicate", image)
         else:
-            add([f"a picture of {prompt}", f"{prompt}, high quality", prompt.replace(" and ", " with ") + " image"][i // 2 % 3], "near-duplicate", image)
-    blank, foreign = ["", "   ", "NaN", "null", "nan"], ["一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна", "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼"]
+            reworded = f"a picture of {prompt}", f"{prompt}, high quality", prompt.replace(" and ", " with ") + " image"
+            add(reworded[i // 2 % 3], "near-duplicate", image)
+    blank = "", "   ", "NaN", "null", "nan"
+    foreign = ["一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна",
+               "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼"]
     bomb = struct.pack("<2sIIIIIIHH24x", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24)  # a header that claims 60000 x 60000 pixels
     for i in range(dirt * 3 // 8):
         prompt, image = picture()
@@ -988,7 +1001,8 @@ def generate(rows, album, args):
     from diffusers import DiffusionPipeline
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        pipe = DiffusionPipeline.from_pretrained(args.generate, torch_dtype=torch.float16 if device == "cuda" else torch.float32, use_safetensors=True)
+        half = torch.float16 if device == "cuda" else torch.float32
+        pipe = DiffusionPipeline.from_pretrained(args.generate, torch_dtype=half, use_safetensors=True)  # never unpickle
     except Exception as e:  # a folder, the hub, the network: many kinds
         sys.exit(f"--generate {args.generate}: cannot be loaded ({reason(e)}); give a hub name or a folder, with safetensors")
     pipe.to(device).set_progress_bar_config(disable=True)
@@ -1016,7 +1030,8 @@ def sha256_text(text):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Clean, deduplicate and split image-prompt pairs.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Clean, deduplicate and split image-prompt pairs.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("input", nargs="*", metavar="INPUT",
                    help="DiffusionDB's root; tables (CSV, TSV, Parquet, JSONL; paths relative to the table); folders, zips, tars; none = the demo")
     p.add_argument("--out", default="data/demo", help="folder to write; what a killed run had done is beside it in OUT.partial and is used")
@@ -1031,7 +1046,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("rules, in the order of the funnel")
     g.add_argument("--min-words", type=int, default=5, help="drop shorter prompts")
     g.add_argument("--max-words", type=int, default=70, help="drop longer prompts")
-    g.add_argument("--max-tokens", type=int, default=77, help="drop prompts of more CLIP tokens, both ends counted: the generator never read the rest")
+    g.add_argument("--max-tokens", type=int, default=77, help="drop prompts of more CLIP tokens, both ends counted: no generator read the rest")
     g.add_argument("--charset", choices=["ascii", "latin", "any"], default="latin",
                    help="drop prompts with under 90%% of their characters (spaces apart) in this set, or with no letter at all; "
                         "latin = ASCII, Latin letters, accents and punctuation")
@@ -1039,9 +1054,9 @@ def parse_args(argv=None):
     g.add_argument("--max-side", type=int, default=768, help="drop images with a longer side in pixels, where the source's metadata says so")
     g.add_argument("--max-nsfw", type=float, default=1.0, help="drop a higher image_nsfw; 2.0 marks a blurred picture and always goes")
     g.add_argument("--max-prompt-nsfw", type=float, default=1.0, help="drop a higher prompt_nsfw")
-    g.add_argument("--threshold", type=float, default=0.85, help="near-duplicates have at least this cosine; medal teams used 0.55 to 0.9, above 1 = off")
+    g.add_argument("--threshold", type=float, default=0.85, help="near-duplicates have at least this cosine; medal teams: 0.55 to 0.9; above 1 = off")
     g.add_argument("--threshold-report", action="store_true", help="print what each threshold would keep, with examples, and write nothing")
-    g.add_argument("--keep", choices=["first", "longest"], default="first", help="which of near-duplicates stays: the first row, or the longest prompt")
+    g.add_argument("--keep", choices=["first", "longest"], default="first", help="which of near-duplicates stays: the first row or the longest prompt")
     g.add_argument("--per-prompt", type=int, default=1, metavar="K", help="keep up to K images of a surviving prompt (its exact duplicates' images)")
     g.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="tables of prompts to stay away from, such as an evaluation set")
     g.add_argument("--exclude-threshold", type=float, default=GROUP_THRESHOLD, help="drop prompts with at least this cosine to an excluded one")
@@ -1270,13 +1285,15 @@ def main():
     fact = lambda k: [facts.get(i, {}).get(k) for i in final.tolist()]  # noqa: E731
     x, split = x[at[kept[which]]], split[which]
     pairs = pl.DataFrame({
-        "image": pl.Series([None if args.text_only else file(i) for i in final.tolist()], dtype=pl.String), "prompt": left["prompt"].gather(kept[which]),
+        "image": pl.Series([None if args.text_only else file(i) for i in final.tolist()], dtype=pl.String),
+        "prompt": left["prompt"].gather(kept[which]),
         "split": pl.Series(split, dtype=pl.String), "group": group[which], "source": left["source"].gather(final),
-        "width": pl.Series(fact("width"), dtype=pl.Int32), "height": pl.Series(fact("height"), dtype=pl.Int32), "origin": left["image"].gather(final)})
+        "width": pl.Series(fact("width"), dtype=pl.Int32), "height": pl.Series(fact("height"), dtype=pl.Int32),
+        "origin": left["image"].gather(final)})
     album.close(set(pairs["image"]))
 
     # why every other row went: "kept" is a row of pairs.parquet
-    where = pl.DataFrame({"kept": ids[kept]}).with_columns(at=pl.Series(np.searchsorted(ids[final], ids[kept])), kept_prompt=left["prompt"].gather(kept))
+    where = pl.DataFrame({"kept": ids[kept], "at": np.searchsorted(ids[final], ids[kept]), "kept_prompt": left["prompt"].gather(kept)})
     gone = pl.concat(dropped).join(where, on="kept", how="left").join(rows, on="row", how="left").sort("row")
     gone = gone.select("image", "prompt", "rule", pl.col("at").alias("kept"), "kept_prompt", "cosine", "source")
     for table, path in ((pairs, "pairs.parquet"), (gone, "dropped.parquet")):
