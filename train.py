@@ -568,22 +568,28 @@ def describe(net, groups, spec, args, device, autocast):
     from torch.utils.flop_counter import FlopCounterMode
     for g in groups:
         print(f"  depth {g['depth']:>3} · lr {g['peak']:.2e} · weight decay {g['weight_decay']:g} · {sum(p.numel() for p in g['params']):>12,} parameters")
-    x = torch.zeros(2, 3, spec["image_size"], spec["image_size"], dtype=torch.uint8, device=device)
     net.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        net(x)
-    kept = {}  # what autograd keeps for the backward pass, by storage: saved twice is stored once
 
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast():
-        net(x).sum()
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    activations = sum(n for k, n in kept.items() if k not in own) / len(x) * args.batch_size
+    def images(n):
+        return torch.zeros(n, 3, spec["image_size"], spec["image_size"], dtype=torch.uint8, device=device)
+
+    def kept(n):
+        """Bytes that autograd keeps for the backward pass of n images, by storage: saved twice is stored once."""
+        found = {}
+
+        def keep(t):
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast():
+            net.forward(images(n)).sum()
+        return sum(found.values())
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        net.forward(images(1))
+    once, per_image = 2 * kept(1) - kept(2), kept(2) - kept(1)  # what does not grow with the batch are weights, cast or not
+    activations = max(0, once) + per_image * args.batch_size
     trained = sum(p.numel() for g in groups for p in g["params"])
     state = 4 * (sum(p.numel() for p in net.parameters()) * (2 if args.ema else 1) + 3 * trained)  # weights, EMA; gradient and two moments
-    print(f"  {flops.get_total_flops() / len(x) / 1e9:.2f} GFLOP per image forward ({3 + args.grad_checkpointing} times that to train) · memory, estimated: "
+    print(f"  {flops.get_total_flops() / 1e9:.2f} GFLOP per image forward ({3 + args.grad_checkpointing} times that to train) · memory, estimated: "
           f"{state / 2**30:.2f} GiB weights and optimiser + {activations / 2**30:.2f} GiB activations at --batch-size {args.batch_size}")
 
 
@@ -742,8 +748,6 @@ def main():
     encoder, ema, forward, kinds = None, None, net, ["raw"]
     groups = param_groups(net, args.lr, args.wd, args.layer_decay, args.unfreeze_from, head_only=lp)
     params = [p for g in groups for p in g["params"]]
-    if args.dry_run and rank == 0:
-        describe(net, groups, spec, args, device, autocast)
     if lp:
         if args.dry_run:
             features = np.zeros((2, len(paths), next(net.head.parameters()).shape[1]), np.float32)
@@ -774,6 +778,8 @@ def main():
             net.compile()  # in place: wrapping would rename every key of the checkpoint
         if world > 1:
             forward = nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.dry_run and rank == 0:
+        describe(net, groups, spec, args, device, autocast)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
     # the plan of the run: which rows, mirrored or not, in every micro-batch of every step; a function of (seed, epoch), so resume is arithmetic
@@ -972,7 +978,7 @@ def main():
             saved = time.perf_counter()
         if stopping and step < total:
             if rank == 0:
-                print(f"stopped at step {step}; go on with: {' '.join(['python', *(a for a in sys.argv if a not in ('--overwrite', '--resume'))])} --resume", file=sys.stderr)
+                print(f"stopped at step {step}; go on with: {' '.join([f'torchrun --nproc_per_node {world}' if world > 1 else 'python', *(a for a in sys.argv if a not in ('--overwrite', '--resume'))])} --resume", file=sys.stderr)
             sys.exit(128 + stopping)
 
     note(step=step, done=True, best=max(best.values()), baseline=baseline["val"], seconds=round(time.perf_counter() - began, 1))
