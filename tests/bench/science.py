@@ -55,7 +55,7 @@ def main():
     def run(name, seed):
         """One row of the table at one seed, unless it is there already -> its folder."""
         start, flags, _ = ROWS[name]
-        out = Path(args.out) / f"{'_'.join(f'{start} {flags}'.replace('-', ' ').split())}-{seed}"  # side by side: they share cached features
+        out = Path(args.out) / f"{'_'.join(f'{start or str()} {flags}'.replace('-', ' ').split())}-{seed}"  # side by side: they share cached features
         phase = flags.split()[1]
         command = [*flags.split(), "--data", args.data, "--out", str(out), "--seed", str(seed), "--workers", "2"]
         command += [] if phase == "lp" else args.ft.split()
