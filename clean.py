@@ -1315,7 +1315,7 @@ def main():
         print(f"  {rule:<18} {f'-{lost:,}' if lost else '':>10}  {rest:>10,}")
     sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard", "ood") if s != "ood" or args.holdout_source}
     leak = float(nearest(x[split == "train"], x[(split == "val") | (split == "ood")]).max(initial=-1))
-    print(" · ".join(f"{s} {n:,}" for s, n in sizes.items()) + f" (guard: too close to val, not trained on) · max train-val cosine {leak:.4f}")
+    print(" · ".join(f"{s} {n:,}" for s, n in sizes.items()) + f" (guard: too close to val, not trained on) · max train-val cosine {leak:.5f}")
     summary = {
         "format": FORMAT, "rows": len(pairs), "split": sizes, "max_train_val_cosine": leak,
         "funnel": [{"rule": r, "removed": lost, "left": rest} for r, lost, rest in funnel],

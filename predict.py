@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from clean import (IMAGE_COLUMNS, IMAGE_SUFFIXES, PROMPT_COLUMNS, TABLE_SUFFIXES, atomic, encode_cached, is_archive, list_members, open_rgb, read_data,
                    read_table, run, sha256)
-from train import DTYPES, Pictures, cosine, find_checkpoint, load_net, pick_precision, to_square
+from train import DTYPES, Pictures, cosine, find_checkpoint, hold_memory, load_net, pick_precision, to_square
 
 VIEWS = {  # --tta N takes the first N. name: (resolution as a factor, share of the centre that is seen, mirrored)
     "image": (1, 1, False), "mirror": (1, 1, True),
@@ -475,6 +475,7 @@ def main():
             sys.exit(f"{path}: already there; choose another name, or replace it with --overwrite")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    hold_memory(device)
     viewer = Viewer(checkpoint, views, args.precision, device, args.compile)
     meta = viewer.meta
     k = NEIGHBORS if args.neighbors is None and (looking or args.html) else args.neighbors or 0

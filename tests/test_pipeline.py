@@ -74,7 +74,7 @@ def test_submission_has_kaggles_own_rows(trained, tmp_path):
 def readme_commands():
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if re.search(rf"({'|'.join(SCRIPTS)})\.py\b", line.split("#")[0])]
+    return [line.split("#")[0].strip() for line in lines if re.search(rf"\b({'|'.join(SCRIPTS)})\.py\b", line.split("#")[0])]
 
 
 @pytest.mark.parametrize("line", readme_commands())

@@ -539,3 +539,15 @@ def test_offline_kaggle_notebook(trained, raw, pictures, tmp_path):
     done = subprocess.run([sys.executable, "ensemble.py", "--weights", "2,1", "--submission", "submission.csv"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert predict.read_submission(tmp_path / "submission.csv")[0] == sorted(p.stem for p in pictures)
+
+
+def test_a_banner_costs_no_gigabytes():
+    """60,000 x 10 pixels are cropped before they are enlarged; what is seen is what the plain way shows."""
+    from train import to_square
+    wide = Image.effect_noise((400, 40), 90).convert("RGB")
+    middle = wide.crop((140, 0, 260, 40))  # 3 : 1, resized whole
+    assert torch.equal(to_square(wide, 64, Image.BICUBIC), to_square(middle, 64, Image.BICUBIC))
+    code = "import resource, train; from PIL import Image; b = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; " \
+           "[train.to_square(Image.new('RGB', s), 224, Image.BICUBIC) for s in ((60000, 10), (10, 60000))]; " \
+           "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - b < 50_000"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
