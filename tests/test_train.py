@@ -1,6 +1,7 @@
 """What train.py promises. Most runs call its main() in this process: importing torch and the libraries costs more than the tiny CLIP trains."""
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -373,6 +374,10 @@ def test_head_init_ridge(main, flags, tmp_path):
     assert code == 0, err
     score = float(said.split("by val cosine, ")[1].split()[0])
     assert metrics(tmp_path / "a/lp")[0]["val_cosine"] == pytest.approx(score, abs=2e-4), "training starts at the closed form's score"
+    weight = load_file(tmp_path / "a/lp/best.safetensors")["head.weight"]
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / sum(weight.shape)), rel=0.3), "as large as a random head: Adam's steps have a size of their own"
+    code, _, err = main(*args, tmp_path / "c", "--epochs", 4, "--warmup", 1000, "--lr", 0.01)
+    assert code == 0 and max(r.get("lr", 0) for r in metrics(tmp_path / "c/lp")) == pytest.approx(0.01), f"warm-up is a fifth of a short run, not all of it {err}"
     assert "linear" in main(*args, tmp_path / "b", "--head-init", "ridge", "--head", "mlp")[2]
 
 
