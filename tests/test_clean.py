@@ -339,6 +339,22 @@ def test_keep_one_is_the_definition(seed, n, dim, centres, noise, threshold, blo
         assert cosine[i] >= max(float(x[j] @ x[i]) for j in kept if j < i) - 1e-5
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("threshold", [.999, .99999])
+def test_keep_one_sees_what_bfloat16_cannot(threshold, bf16, monkeypatch):
+    """Rows that are all nearly one row, whose entries bfloat16 rounds the same way: the first look cannot tell their cosines apart."""
+    monkeypatch.setattr(clean, "has_bf16", lambda device: bf16)
+    rng = np.random.default_rng(0)
+    x = np.full((1500, 384), 1.0039) + rng.standard_normal((1500, 384)) * rng.choice([.0005, .003, .03], (1500, 1))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    leader, _ = clean.keep_one(x, threshold, 64)
+    kept = np.flatnonzero(leader == np.arange(len(x)))
+    assert kept.tolist() == brute(x, threshold) and 1 < len(kept) < 1400
+    exact = x.astype(np.float64) @ x[kept].T.astype(np.float64)
+    for i in np.flatnonzero(leader != np.arange(len(x))):
+        assert exact[i, np.searchsorted(kept, leader[i])] >= exact[i, kept < i].max() - 1e-6
+
+
 def test_keep_one_never_empties_a_cluster_and_has_no_cap():
     x = np.repeat(np.eye(3, 384, dtype=np.float32), 3000, axis=0)
     leader, _ = clean.keep_one(x, 0.85)
@@ -364,31 +380,26 @@ def test_unusable_rows_go_as_if_never_there(seed, n, block):
 
 def test_killed_search_goes_on(tmp_path, monkeypatch):
     """What was searched is not searched again; another threshold, or another row kept before, is another search."""
-    x, calls, real = clusters(np.random.default_rng(0), 600, 16, 200, .1), [], clean.flat_index
+    x, calls, real, dies = clusters(np.random.default_rng(0), 600, 16, 200, .1), [], clean.Kept.candidates, 6
 
-    class Index:
-        def __init__(self, dim):
-            self.index, self.add = real(dim), lambda b: self.index.add(b)
-
-        def search(self, b, k):
-            calls.append(len(b))
-            if len(calls) == self.dies:
-                raise KeyboardInterrupt
-            return self.index.search(b, k)
+    def candidates(self, b):
+        calls.append(len(b))
+        if len(calls) == dies:
+            raise KeyboardInterrupt
+        return real(self, b)
     whole = clean.keep_one(x, .8, 50)
-    monkeypatch.setattr(clean, "flat_index", Index)
-    Index.dies = 6
+    monkeypatch.setattr(clean.Kept, "candidates", candidates)
     with pytest.raises(KeyboardInterrupt):
         clean.keep_one(x, .8, 50, journal=clean.Journal(tmp_path / "j"))
-    Index.dies, calls[:] = 0, []
+    dies, calls[:] = 0, []
     again = clean.keep_one(x, .8, 50, journal=clean.Journal(tmp_path / "j"))
-    assert len(calls) == 11 - 5 and all((a == b).all() for a, b in zip(whole, again))
+    assert len(calls) == 12 - 5 and all((a == b).all() for a, b in zip(whole, again))
     calls.clear()
     clean.keep_one(x, .7, 50, journal=clean.Journal(tmp_path / "j"))
-    assert len(calls) == 11
+    assert len(calls) == 12
     calls.clear()
     clean.keep_one(x, .8, 50, usable=lambda rows: rows > 0, journal=clean.Journal(tmp_path / "j"))
-    assert len(calls) == 11
+    assert len(calls) == 12
     (tmp_path / "j").write_bytes(b"no database" * 1000)
     assert (clean.keep_one(x, .8, 50, journal=clean.Journal(tmp_path / "j"))[0] == whole[0]).all()
 
