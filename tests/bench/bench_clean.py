@@ -98,7 +98,8 @@ def dedup(args):
     if PROMPTS.is_file() and args.real:
         prompts = clean.repair(pl.read_parquet(PROMPTS)["prompt"]).to_frame().filter(pl.col("prompt").str.len_chars() > 0)
         prompts = prompts.unique(maintain_order=True)["prompt"].head(max(args.rows))
-        np.save(path, clean.encode_cached(prompts, cache=args.work / "cache"))
+        precision = "bf16" if clean.has_bf16("cpu") else "fp32"  # what is measured is the search
+        np.save(path, clean.encode_cached(prompts, device="cpu", precision=precision, cache=args.work / "cache"))
     else:
         np.save(path, clusters(max(args.rows)))
     print(f"{'real prompts' if PROMPTS.is_file() and args.real else 'synthetic clusters'}, threshold {args.threshold}, {os.cpu_count()} cores")
