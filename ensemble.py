@@ -363,12 +363,13 @@ def main():
             sys.exit(f"--fit {' '.join(args.fit)}: no targets there; "
                      "predict a validation split: python predict.py --run RUN")
     x, y, models = val["x"], val["targets"], len(names)
-    members = [{"name": Path(name).stem, "file": name, "run": run_name, "views": list(views)}
-               for name, (run_name, views) in zip(names, test["keys"])]
+    members = [{"name": Path(name).stem, "file": name, "run": key[0], "views": list(key[1])}
+               for name, key in zip(names, test["keys"])]
     report = {"members": members}
     uniform = torch.full((models,), 1 / models)
     weights, used = (uniform, "uniform") if fixed is None else (fixed, "fixed")
-    kind, pays = args.weights + (" per dimension" if args.per_dim else ""), False
+    kind = args.weights + (" per dimension" if args.per_dim else "")
+    pays = False  # to learn weights
 
     if y is None:
         print(f"no targets known: {used} weights (learn them with --fit VAL.npz ...)")

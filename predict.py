@@ -60,11 +60,11 @@ def read_preds(path):
         except Exception as e:  # numpy, zipfile and zlib each raise their own kinds on damaged or hostile bytes
             sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
     ids, x, y = preds["ids"], preds["embeddings"], preds.get("targets")
-    agree = ids.ndim == 1 and x.ndim == 2 and len(ids) == len(x)
-    if not agree or len(set(ids.tolist())) < len(ids) or not np.isfinite(x).all():
+    table = ids.ndim == 1 and x.ndim == 2 and len(ids) == len(x) and x.dtype.kind == "f"
+    if not table or len(set(ids.tolist())) < len(ids) or not np.isfinite(x).all():
         sys.exit(f"{path}: ids of shape {ids.shape} for embeddings of shape {x.shape}; "
                  "they must agree, ids be unique and embeddings finite")
-    if y is not None and (y.shape != x.shape or not np.isfinite(y).all()):
+    if y is not None and (y.shape != x.shape or y.dtype.kind != "f" or not np.isfinite(y).all()):
         sys.exit(f"{path}: targets of shape {y.shape} for embeddings of shape {x.shape}; they must agree and be finite")
     return {"targets": None, "groups": None, **preds, "run": str(preds.get("run", Path(path).stem)),
             "checkpoint": str(preds.get("checkpoint", "")), "views": np.atleast_1d(preds.get("views", [])).tolist()}
@@ -85,7 +85,7 @@ def read_submission(path):
         restarts = np.flatnonzero(e[1:] <= e[:-1])  # the second image begins behind the first of these
         width = int(restarts[0]) + 1 if len(restarts) else len(e)
         row = np.arange(len(e))
-        first = row // width * width  # of the rows of the same image
+        first = row // width * width  # the row in which its image begins
         if not len(e) or len(e) % width or (e != row - first).any() or (name != name.gather(first)).any():
             raise ValueError("rows are not imgId_0, imgId_1, ... image by image")
         ids = name.gather_every(width).to_list()
@@ -527,12 +527,11 @@ def refuse_existing(paths, overwrite):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Predict prompt embeddings of pictures.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("images", nargs="*", metavar="IMAGES", help="pictures, folders, zips, tars, tables with an image "
-                   "column; none = the validation split of the run's data")
+    p.add_argument("images", nargs="*", metavar="IMAGES",
+                   help="pictures, folders, zips, tars, tables with an image column; none = the run's validation split")
     p.add_argument("--run", help="run folder, phase folder or checkpoint; unset = the newest finished run under runs/")
     p.add_argument("--image-col", help=f"of tables; unset = the first of {', '.join(IMAGE_COLUMNS)}")
-    p.add_argument("--prompt-col", help="of tables, true prompts where known; unset = the first of "
-                   f"{', '.join(PROMPT_COLUMNS)}")
+    p.add_argument("--prompt-col", help=f"of tables, true prompts; unset = the first of {', '.join(PROMPT_COLUMNS)}")
     p.add_argument("--strict", action="store_true",
                    help="stop at an unreadable picture instead of predicting the mean training embedding")
     g = p.add_argument_group("views")
@@ -586,7 +585,7 @@ def main():
     say(f"run {checkpoint.parent}")
     views = args.views or list(VIEWS)[:args.tta]
 
-    # where to
+    # what to write
     few = world == 1 and 0 < len(args.images) <= FEW
     looking = few and all(Path(p).is_file() and Path(p).suffix.lower() in IMAGE_SUFFIXES for p in args.images)
     out = Path(args.out) if args.out else None
@@ -596,7 +595,7 @@ def main():
         out = Path(f"preds/{name}-{phase}{'-images' if args.images else ''}-{tag}.npz")
     refuse_existing([out, args.submission, args.csv, args.html], args.overwrite)
 
-    # with what, and how many known prompts to show beside it
+    # the nets, and how many known prompts to show and to search for
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -1,9 +1,11 @@
 """
-How fast predict.py is, from files on disk, against the tower alone and against a plain loop of the public kind, all in one run.
-$ python tests/bench/bench_predict.py                                                  # ViT-B-32, random weights, on this machine
-$ python tests/bench/bench_predict.py --model ViT-L-14 --images 4000 --batch-size 256   # on a GPU; add --image-size 336 for the larger one
-Prints images/s: bare (the same tower on tensors that are there already), decode (the loader alone), ours (predict.py's own path), plain (decode,
-float32, every view its own pass). Rounds are interleaved and the median taken, so that a busy machine troubles all alike.
+How fast predict.py is, from files on disk, against the tower alone and a plain loop of the public kind, all in one run.
+$ python tests/bench/bench_predict.py                    # ViT-B-32, random weights, on this machine
+$ python tests/bench/bench_predict.py --model ViT-L-14 --images 4000 --batch-size 256   # a GPU; also --image-size 336
+$ python tests/bench/bench_predict.py --memory 5000      # peak memory instead, with 5,000 files against 500
+Prints images/s: bare (the same tower on tensors that are there already), decode (the loader alone), ours (predict.py's
+own path), plain (decode, float32, every view its own pass). Rounds are interleaved and the median taken, so that a busy
+machine troubles all alike.
 """
 import argparse
 import json
@@ -29,15 +31,18 @@ def make_run(model, image_size, path):
     """A checkpoint of an open_clip tower with random weights: speed does not depend on what they are."""
     import open_clip
     config = open_clip.get_model_config(model)
-    spec = {"model": model, "pretrained": "none", "kwargs": {}, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "quick_gelu": False,
-            "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}, "image_size": image_size or config["vision_cfg"]["image_size"]}
-    torch.manual_seed(0)
+    spec = {"model": model, "pretrained": "none", "kwargs": {}, "mean": [0.5] * 3, "std": [0.25] * 3,
+            "interpolation": "bicubic", "quick_gelu": False,
+            "image_size": image_size or config["vision_cfg"]["image_size"],
+            "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}}
     head = {"head": "linear", "width": 16, "dim": 384}
-    save_net(Net(build_tower(spec), spec, **head), {"format": 1, "tower": spec, "head": head, "mean_target": [1.0] * 384}, path)
+    meta = {"format": 1, "tower": spec, "head": head, "mean_target": [1.0] * 384}
+    torch.manual_seed(0)
+    save_net(Net(build_tower(spec), spec, **head), meta, path)
 
 
 def draw(folder, n, side=336):
-    """n JPEGs as clean.py writes them: short side 336, quality 95, with as much detail as a picture has (about 60 KB)."""
+    """n JPEGs as clean.py writes them: short side 336, quality 95, the detail of a picture (about 70 KB)."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for i in range(n):
@@ -63,7 +68,7 @@ class Plain(torch.utils.data.Dataset):
 
 
 def plain_loop(net, spec, paths, views, args, device):
-    """What public notebooks do: a DataLoader of normalised float32 images, model.eval(), no_grad, one pass over the files per view."""
+    """What public notebooks do: normalised float32 images, model.eval(), no_grad, one pass over the files per view."""
     total = 0
     with torch.no_grad():
         for v in range(views):
@@ -85,65 +90,78 @@ def main():
     p.add_argument("--workers", type=int, default=min(16, os.cpu_count()), help="loader processes")
     p.add_argument("--precision", default="auto", help="of ours and of the bare tower")
     p.add_argument("--compile", action="store_true", help="of ours and of the bare tower")
-    p.add_argument("--memory", type=int, default=0, metavar="N", help="instead: peak memory with N files against N / 10")
+    p.add_argument("--memory", type=int, default=0, metavar="N",
+                   help="instead: peak memory with N files against N / 10")
     args = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with tempfile.TemporaryDirectory() as tmp:
-        make_run(args.model, args.image_size, Path(tmp) / "best.safetensors")
+        checkpoint = Path(tmp) / "best.safetensors"
+        make_run(args.model, args.image_size, checkpoint)
         paths = draw(Path(tmp) / "images", args.images)
-        size = sum(os.path.getsize(f) for f in paths) / len(paths) / 1024
-        print(f"{args.model}, {args.images} JPEGs of 336 px ({size:.0f} KB each), batch {args.batch_size}, {args.workers} workers, torch {torch.__version__}, "
-              f"{torch.cuda.get_device_name() if device.type == 'cuda' else f'{os.cpu_count()} CPU cores'}")
-        one, two = (predict.Viewer(Path(tmp) / "best.safetensors", v, args.precision, device, args.compile) for v in (["image"], ["image", "mirror"]))
+        kilobytes = sum(os.path.getsize(f) for f in paths) / len(paths) / 1024
+        machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+        print(f"{args.model}, {args.images} JPEGs of 336 px ({kilobytes:.0f} KB each), batch {args.batch_size}, "
+              f"{args.workers} workers, torch {torch.__version__}, {machine}")
+        one = predict.Viewer(checkpoint, ["image"], args.precision, device, args.compile)
         if args.memory:
             for n in (args.memory // 10, args.memory):
-                for _ in predict.predict(one, (paths * (n // len(paths) + 1))[:n], args.batch_size, args.workers, quiet=True):
+                files = (paths * (n // len(paths) + 1))[:n]
+                for _ in predict.predict(one, files, args.batch_size, args.workers, quiet=True):
                     pass
                 print(f"{n:,} images: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
             return
-        net, meta = load_net(Path(tmp) / "best.safetensors")
-        net.to(device)
-        batch = [torch.zeros(args.batch_size, 3, *[one.shapes[0][0]] * 2, dtype=torch.uint8, device=device)]
+        two = predict.Viewer(checkpoint, ["image", "mirror"], args.precision, device, args.compile)
+        plain_net, meta = load_net(checkpoint)
+        plain_net.to(device)
+        size = one.shapes[0][0]
+        net = one.nets[str(size)]
+        batch = torch.zeros(args.batch_size, 3, size, size, dtype=torch.uint8, device=device)
         batches = -(-len(paths) // args.batch_size)
+        out = {}
 
         def bare():
             with torch.inference_mode():
-                x = one.nets[str(one.shapes[0][0])].pixels(batch[0]).to(one.dtype)
-                tower = one.nets[str(one.shapes[0][0])].tower
+                x = net.pixels(batch).to(one.dtype)
                 for _ in range(batches):
-                    tower(x)
+                    net.tower(x)
             sync()
             return batches * args.batch_size
 
         def decode():
-            for _ in DataLoader(predict.Renderings(paths, meta["tower"], one.shapes), args.batch_size, num_workers=args.workers):
+            pictures = predict.Renderings(paths, meta["tower"], one.shapes)
+            for _ in DataLoader(pictures, args.batch_size, num_workers=args.workers):
                 pass
             return len(paths)
 
         def ours(viewer):
-            out["ours", len(viewer.views)] = np.concatenate([y for _, y, _ in predict.predict(viewer, paths, args.batch_size, args.workers, quiet=True)])
+            parts = predict.predict(viewer, paths, args.batch_size, args.workers, quiet=True)
+            out["ours", len(viewer.views)] = np.concatenate([y for _, y, _ in parts])
             return len(paths)
 
         def plain(views):
-            out["plain", views] = plain_loop(net, meta["tower"], paths, views, args, device)
+            out["plain", views] = plain_loop(plain_net, meta["tower"], paths, views, args, device)
             return len(paths)
 
-        out, rates = {}, {}
-        jobs = {"bare tower": bare, "decode alone": decode, "ours, 1 view": lambda: ours(one), "plain, 1 view": lambda: plain(1), "ours, 2 views": lambda: ours(two), "plain, 2 views": lambda: plain(2)}
+        jobs = {"bare tower": bare, "decode alone": decode,
+                "ours, 1 view": lambda: ours(one), "plain, 1 view": lambda: plain(1),
+                "ours, 2 views": lambda: ours(two), "plain, 2 views": lambda: plain(2)}
         bare()  # warm up
+        rates = {name: [] for name in jobs}
         for _ in range(args.rounds):
             for name, job in jobs.items():
                 start = time.perf_counter()
                 n = job()
-                rates.setdefault(name, []).append(n / (time.perf_counter() - start))
+                rates[name].append(n / (time.perf_counter() - start))
         rates = {k: statistics.median(v) for k, v in rates.items()}
         for name, rate in rates.items():
             print(f"{name:<16}{rate:8.1f} images/s")
         limit = min(("bare tower", "decode alone"), key=rates.get)
+        gain = {v: rates[f"ours, {v}"] / rates[f"plain, {v}"] for v in ("1 view", "2 views")}
         worst = {v: float((1 - (out["ours", v] * out["plain", v]).sum(1)).max()) for v in (1, 2)}
-        print(f"ours / {limit} {rates['ours, 1 view'] / rates[limit]:.2f} · ours / plain {rates['ours, 1 view'] / rates['plain, 1 view']:.2f} (1 view), "
-              f"{rates['ours, 2 views'] / rates['plain, 2 views']:.2f} (2 views) · largest 1 - cos {max(worst.values()):.1e} · {one.precision}")
+        print(f"ours / {limit} {rates['ours, 1 view'] / rates[limit]:.2f} · "
+              f"ours / plain {gain['1 view']:.2f} (1 view), {gain['2 views']:.2f} (2 views) · "
+              f"largest 1 - cos {max(worst.values()):.1e} · {one.precision}")
         print(json.dumps({"model": args.model, "precision": one.precision, **rates, "one_minus_cos": worst}))
 
 
