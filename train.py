@@ -580,7 +580,7 @@ def ema_at(step, decay):
 
 
 def wise(start, trained, alpha):
-    """WiSE-FT (arXiv 2109.01903): the state (1 - alpha) start + alpha trained of a net; its counters are the trained."""
+    """WiSE-FT (arXiv 2109.01903): (1 - alpha) start + alpha trained, of two states of a net; counters as trained."""
     return {k: torch.lerp(start[k], v, alpha) if v.is_floating_point() else v for k, v in trained.items()}
 
 
