@@ -508,7 +508,7 @@ def extract_features(net, spec, data, paths, views, args, device, dtype, rank, w
         wait(world)
         out = np.load(part, mmap_mode="r+")
         with torch.inference_mode():
-            for i, x in zip(rows, tqdm(loader, desc="features", unit="batch", disable=rank > 0)):
+            for i, x in zip(tqdm(rows, desc="features", unit="batch", disable=rank > 0), loader):
                 x = net.pixels(x.to(device, non_blocking=True)).to(dtype, memory_format=torch.channels_last)
                 for view in range(views):
                     features = tower(x.flip(-1) if view else x).float().cpu().numpy().astype(store)

@@ -1,8 +1,12 @@
 """
-The LP-FT table of the README: which of train.py's switches earn their place on real pairs, in distribution and on sources never trained on.
-$ python clean.py ../shared/data/pairs/pairs.csv --out data/pairs-ood --min-words 1 --size 160 --val-fraction 0.15 --holdout-source NAME ...
-$ python tests/bench/science.py --data data/pairs-ood --pretrained ../shared/data/towers/mobilenetv2_100/mobilenetv2_100_padsame.safetensors
-Every row is one train.py command (printed below the table) run with several seeds; best epoch by val, "ood" is read off at that epoch.
+The LP-FT table of the README: which of train.py's switches earn their place on real pairs, in distribution and on
+sources never trained on.
+$ python clean.py ../shared/data/pairs/pairs.csv --out data/pairs-ood --min-words 1 --size 160 --val-fraction 0.15 \\
+      --holdout-source NAME ...
+$ python tests/bench/science.py --data data/pairs-ood \\
+      --pretrained ../shared/data/towers/mobilenetv2_100/mobilenetv2_100_padsame.safetensors
+Every row is one train.py command (printed below the table) run with several seeds; best epoch by val, "ood" is read off
+at that epoch.
 """
 import argparse
 import json
@@ -34,9 +38,9 @@ ROWS = {  # name: (where it starts, its flags, the weights that are scored)
 
 def best(folder, kind):
     """The validation that scored best on val, for the raw, EMA or WiSE weights -> (val, ood) there."""
-    tail = "" if kind == "raw" else f"_{kind}"
+    val, ood = ("val_cosine", "ood_cosine") if kind == "raw" else (f"val_cosine_{kind}", f"ood_cosine_{kind}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return max((r[f"val_cosine{tail}"], r.get(f"ood_cosine{tail}", float("nan"))) for r in rows if f"val_cosine{tail}" in r)
+    return max((r[val], r.get(ood, float("nan"))) for r in rows if val in r)
 
 
 def main():
@@ -45,20 +49,25 @@ def main():
     p.add_argument("--pretrained", required=True)
     p.add_argument("--image-size", default="96")
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW", help="some of the table's rows")
+    p.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), metavar="ROW",
+                   help="some of the table's rows")
     p.add_argument("--out", default="runs/science")
     p.add_argument("--ft", default="", help="flags added to every ft row, to try things")
     args = p.parse_args()
-    tower = ["--model", "timm:mobilenetv2_100", "--model-kwargs", "pad_type=same", "--pretrained", args.pretrained, "--image-size", args.image_size,
-             "--image-mean", "0.5", "0.5", "0.5", "--image-std", "0.5", "0.5", "0.5"]
+    tower = ["--model", "timm:mobilenetv2_100", "--model-kwargs", "pad_type=same", "--pretrained", args.pretrained,
+             "--image-size", args.image_size, "--image-mean", "0.5", "0.5", "0.5", "--image-std", "0.5", "0.5", "0.5"]
+
+    def flags_of(name):
+        flags = ROWS[name][1]
+        return f"{flags} {args.ft}".strip() if "--phase ft" in flags else flags
 
     def run(name, seed):
         """One row of the table at one seed, unless it is there already -> its folder."""
-        start, flags, _ = ROWS[name]
-        out = Path(args.out) / f"{'_'.join(f'{start or str()} {flags}'.replace('-', ' ').split())}-{seed}"  # side by side: they share cached features
+        start, flags = ROWS[name][0], flags_of(name)
+        words = f"{start or ''} {flags}".replace("-", " ").split()
+        out = Path(args.out) / f"{'_'.join(words)}-{seed}"  # side by side: they share cached features
         phase = flags.split()[1]
         command = [*flags.split(), "--data", args.data, "--out", str(out), "--seed", str(seed), "--workers", "2"]
-        command += [] if phase == "lp" else args.ft.split()
         if start in (None, "none"):
             command += tower
         if start:
@@ -78,10 +87,12 @@ def main():
         scores = [best(run(name, seed), ROWS[name][2]) for seed in range(args.seeds)]
         cells = [f"{statistics.mean(x):.4f} ± {statistics.stdev(x) if len(x) > 1 else 0:.4f}" for x in zip(*scores)]
         print(f"{name:<36} {cells[0]:>16} {cells[1]:>16}", flush=True)
-    print(f"\nmean ± std over {args.seeds} seeds; commands: python train.py FLAGS --data {args.data} --seed S --out ..., where FLAGS is")
+    print(f"\nmean ± std over {args.seeds} seeds; commands: python train.py FLAGS --data {args.data} --seed S "
+          "--out ..., where FLAGS is")
     for name in args.rows:
-        start, flags, kind = ROWS[name]
-        print(f"  {name}: {flags} {args.ft}{f' --init ({start})' if start else ''}{f' ({kind} weights)' if kind != 'raw' else ''}")
+        start, _, kind = ROWS[name]
+        init, weights = f" --init ({start})" if start else "", f" ({kind} weights)" if kind != "raw" else ""
+        print(f"  {name}: {flags_of(name)}{init}{weights}")
     print(f"  and for lp and cold ft: {' '.join(tower)}")
 
 
