@@ -84,7 +84,7 @@ def timm_tower(name, size, kwargs, pretrained=False):
 
 
 def resize_positions(state, module):
-    """Fit the position embeddings in `state` to a module built for another image size: bicubic over the square patch
+    """-> state, its position embeddings fitted to a module built for another image size: bicubic over the square patch
     grid, class and register tokens kept; open_clip "positional_embedding" (T, D), timm "pos_embed" (1, T, D)."""
     for key, new in module.state_dict().items():
         old = state.get(key)
@@ -110,7 +110,8 @@ def make_tower(args):
     spec = {"model": args.model, "pretrained": args.pretrained, "kwargs": kwargs, "proj": args.proj}
     file = args.pretrained if Path(args.pretrained).is_file() else None
     tag = None if file or args.pretrained in ("none", "") else args.pretrained
-    tower, spec = (make_timm if args.model.startswith("timm:") else make_open_clip)(args, spec, tag)
+    make = make_timm if args.model.startswith("timm:") else make_open_clip
+    tower, spec = make(args, spec, tag)
     spec |= {"mean": list(args.image_mean or spec["mean"]), "std": list(args.image_std or spec["std"])}
     if file:
         state = read_weights(file)
@@ -1023,7 +1024,7 @@ def main():
             cut_log(log, step)
 
     def save():
-        """What --resume needs; in lp, which validates every moment, the whole net too is written only here."""
+        """What --resume needs. lp validates too often to write a whole net each time: its best is written here too."""
         with atomic(phase / "last.pt") as f:
             torch.save({"net": trained.state_dict(), "ema": ema and ema.state_dict(), "step": step, "best": best,
                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
