@@ -42,7 +42,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clean import atomic, load_encoder, open_rgb, read_data, run
+from clean import atomic, has_bf16, load_encoder, open_rgb, read_data, run
 
 FORMAT = 1
 DTYPES = {"amp_bf16": torch.bfloat16, "amp": torch.float16, "fp32": torch.float32}
@@ -593,12 +593,10 @@ def pick_precision(name, device, net=None):
     """-> (autocast context factory, GradScaler, name). auto: bf16 where the hardware has it, else fp16 on a GPU,
     float32 on a CPU; float32 too for depthwise convolutions on a CPU, slower in bf16 (MobileNetV2: by a third)."""
     if name == "auto" and device.type == "cuda":
-        name = "amp_bf16" if torch.cuda.get_device_capability()[0] >= 8 else "amp"
+        name = "amp_bf16" if has_bf16("cuda") else "amp"
     elif name == "auto":
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-        bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
         depthwise = net is not None and any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in net.modules())
-        name = "amp_bf16" if bf16 and not depthwise else "fp32"
+        name = "amp_bf16" if has_bf16("cpu") and not depthwise else "fp32"
     scaler = torch.amp.GradScaler(device.type, enabled=name == "amp")
     return lambda: torch.autocast(device.type, DTYPES[name], enabled=name != "fp32"), scaler, name
 

@@ -19,20 +19,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train  # noqa: E402
 
-FT = "--phase ft --lr 1e-4 --epochs 2 --warmup 10 --batch-size 32"
+LP, FT = "--phase lp --head-init ridge", "--phase ft --epochs 6 --warmup 10 --batch-size 32 --lr"
+AVERAGED = f"{FT} 1e-3 --ema 0.95 --wise 0.5"  # three kinds of weights out of one run
 ROWS = {  # name: (where it starts, its flags, the weights that are scored)
     "lp, xavier": (None, "--phase lp --head-init xavier", "raw"),
-    "lp, ridge": (None, "--phase lp --head-init ridge", "raw"),
-    "lp, ridge, hflip 0.5": (None, "--phase lp --head-init ridge --hflip 0.5", "raw"),
-    "cold ft": ("none", f"{FT} --lr 1e-3", "raw"),
-    "LP-FT": ("lp, ridge", f"{FT} --ema 0.95 --wise 0.5", "raw"),
-    "LP-FT + EMA 0.95": ("lp, ridge", f"{FT} --ema 0.95 --wise 0.5", "ema"),
-    "LP-FT + WiSE-FT 0.5": ("lp, ridge", f"{FT} --ema 0.95 --wise 0.5", "wise"),
-    "LP-FT + hflip 0.5": ("lp, ridge", f"{FT} --hflip 0.5", "raw"),
-    "LP-FT + MixGen 0.25": ("lp, ridge", f"{FT} --mixgen 0.25", "raw"),
-    "LP-FT + layer decay 0.8": ("lp, ridge", f"{FT} --layer-decay 0.8", "raw"),
-    "LP-FT, BatchNorm in train mode": ("lp, ridge", f"{FT} --no-freeze-bn", "raw"),
-    "LP-FT from the xavier lp": ("lp, xavier", FT, "raw"),
+    "lp, ridge": (None, LP, "raw"),
+    "lp, ridge, hflip 0.5": (None, f"{LP} --hflip 0.5", "raw"),
+    "cold ft, lr 1e-4": ("none", f"{FT} 1e-4", "raw"),
+    "cold ft, lr 3e-4": ("none", f"{FT} 3e-4", "raw"),
+    "cold ft, lr 1e-3": ("none", f"{FT} 1e-3", "raw"),
+    "LP-FT, lr 1e-4": ("lp, ridge", f"{FT} 1e-4", "raw"),
+    "LP-FT, lr 3e-4": ("lp, ridge", f"{FT} 3e-4", "raw"),
+    "LP-FT, lr 1e-3": ("lp, ridge", AVERAGED, "raw"),
+    "+ EMA 0.95": ("lp, ridge", AVERAGED, "ema"),
+    "+ EMA 0.9998": ("lp, ridge", f"{FT} 1e-3 --ema 0.9998", "ema"),
+    "+ WiSE-FT 0.5": ("lp, ridge", AVERAGED, "wise"),
+    "+ hflip 0.5": ("lp, ridge", f"{FT} 1e-3 --hflip 0.5", "raw"),
+    "+ MixGen 0.25": ("lp, ridge", f"{FT} 1e-3 --mixgen 0.25", "raw"),
+    "+ layer decay 0.8": ("lp, ridge", f"{FT} 1e-3 --layer-decay 0.8", "raw"),
+    "+ BatchNorm in train mode": ("lp, ridge", f"{FT} 1e-3 --no-freeze-bn", "raw"),
+    "from the xavier lp": ("lp, xavier", f"{FT} 1e-3", "raw"),
 }
 
 
