@@ -346,6 +346,8 @@ def main():
     refuse_existing([out / "ft/best.safetensors"] if args.soup else [out, *beside, args.submission], args.overwrite)
     if args.folds < 2:
         sys.exit(f"--folds {args.folds}: must be at least 2")
+    if args.per_dim and args.weights not in ("nonneg", "free"):
+        sys.exit(f"--per-dim --weights {args.weights}: is for learned weights, nonneg or free")
     if args.soup:
         return make_soup(args.soup, out, args.batch_size, args.workers)
 
@@ -409,7 +411,7 @@ def main():
                   "the plain average in cross-validation")
 
     if y is not None and models > 1:
-        # what each is worth to the others: the score of the same scheme without it
+        # what each is worth to the others: the score of one weight per model, with it and without
         def rest(kept, a, g):
             if pays:
                 return cross_validate(fold, lambda rows: fit(a[rows], g[rows], args.weights),
@@ -417,7 +419,7 @@ def main():
             w = fixed[kept] if fixed is not None and fixed[kept].any() else torch.ones(len(kept))
             return cosines(w, a, g).mean()
 
-        score = report["learned"][0] if pays else float(cosines(weights, a, g).mean())
+        score = float(rest(list(range(models)), a, g))
         print("\nmember: weight · what the average loses without it · correlation of its errors with the others'")
         for member, w, without, errors in zip(members, weights, without_each(a, g, rest), error_correlation(a, g)):
             member |= {"leave_one_out": score - without, "error_correlation": errors.tolist()}

@@ -167,6 +167,8 @@ def read_validation(meta):
     the training: if not, the run may have seen these rows."""
     pairs, targets, summary = read_data(meta["data"])
     rows = np.flatnonzero(pairs["split"].to_numpy() == "val")
+    if not len(rows):
+        sys.exit(f"{meta['data']}: has no validation rows (made with --val-fraction 0); name the pictures to predict")
     paths = [str(Path(meta["data"]) / p) for p in pairs["image"].gather(rows)]
     return pairs[rows], paths, targets[rows], summary["hashes"] == meta["data_hashes"]
 

@@ -203,6 +203,9 @@ def test_weights_per_dimension(tmp_path, go):
     assert each.report["used"] == "nonneg per dimension" and each.report["learned"][0] > one.report["learned"][0] + 0.05
     w = np.array([m["weight_per_dim"] for m in each.report["members"]])
     assert w.shape == (2, D) and (w[0, :D // 2] > 0.8).all() and (w[1, D // 2:] > 0.8).all()
+    worth = [[m["leave_one_out"] for m in e.report["members"]] for e in (one, each)]
+    assert worth[0] == worth[1], "what a member is worth is told by one weight per model in both"
+    assert "--per-dim" in go(*both, "--per-dim", "--weights", "uniform", out="u.npz", ok=False)
 
 
 # ---------------------------------------------------------------------------------------------------------- the members
