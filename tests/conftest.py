@@ -1,4 +1,4 @@
-"""What the tests share: the real commands as subprocesses, a small drawn world, and a tiny CLIP (tests/tiny.json, 0.1 M parameters)."""
+"""What the tests share: the real commands as subprocesses, a small drawn world, and a tiny CLIP (tests/tiny.json)."""
 import os
 import shutil
 import subprocess
@@ -19,9 +19,10 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development d
 
 
 def command(script, *args, ok=True, cwd=None, env=None, timeout=300):
-    """Run `python script args`; with ok=False it must end in one clear line on stderr and a non-zero exit. -> CompletedProcess."""
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=cwd or ROOT,
-                          env={**os.environ, **(env or {})}, timeout=timeout)
+    """Run `python script args` -> CompletedProcess. With ok=False it must say why on stderr, without a traceback, and
+    exit non-zero."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
+                          cwd=cwd or ROOT, env={**os.environ, **(env or {})}, timeout=timeout)
     if ok:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     else:
