@@ -1342,18 +1342,15 @@ class Funnel:
     def __init__(self, rows):
         self.rows, self.left, self.dropped = rows, rows, []
 
-    def drop(self, rule, gone, cosine=None):
-        """The rows that are left go by `rule` where the mask `gone` is true."""
-        table = self.left.select("row", rule=pl.lit(rule), kept=pl.lit(None), cosine=pl.lit(cosine))
-        self.dropped.append(table.cast(self.schema).filter(gone))
+    def drop(self, rule, gone, kept=None, cosine=None):
+        """The rows that are left go by `rule` (or each by its own, a Series) where the mask `gone` is true."""
+        table = self.left.select("row", rule=pl.lit(rule), kept=kept, cosine=cosine).cast(self.schema)
+        self.dropped.append(table.filter(gone))
         self.left = self.left.filter(~gone)
         if not len(self.left):
-            self.give_up()
-
-    def give_up(self):
-        counts = ", ".join(f"{rule}: {lost:,}" for rule, lost, _ in self.steps() if lost)
-        sys.exit(f"no row survives ({counts}); loosen that rule; "
-                 f"image paths are relative to the table, e.g. {self.rows['image'].drop_nulls().first()}")
+            counts = ", ".join(f"{rule}: {lost:,}" for rule, lost, _ in self.steps() if lost)
+            sys.exit(f"no row survives ({counts}); loosen that rule; "
+                     f"image paths are relative to the table, e.g. {self.rows['image'].drop_nulls().first()}")
 
     def steps(self):
         """-> [(rule, rows that went by it, rows left), ...], top to bottom."""
@@ -1421,14 +1418,14 @@ def read_inputs(inputs, args):
 def judge(left, x, album, journal, args):
     """Near-duplicates, and the images of what is kept as it is found: a row whose image is unusable goes as if it had
     never been in the input. left: at (its row of x), follow (the next row of an equal prompt or -1), image, file.
-    -> rule that a row breaks (None: it stays) object (N,); leader (N,): the row itself or the kept row that it is a
-    duplicate of, -1 for unusable ones; cosine to it (N,); facts {row: of its picture}."""
-    image, file, at, follow = (left[c].to_numpy() for c in ("image", "file", "at", "follow"))
-    facts = {}
+    -> rule (Series): what a row goes by, null where it stays; leader (N,): the row itself, or the kept row whose prompt
+    it repeats; cosine (N,) to that one; facts {row: of its picture}."""
+    pictures, pictured, facts = left.select("image", "file"), left["image"].is_not_null().to_numpy(), {}
+    at, follow = left["at"].to_numpy(), left["follow"].to_numpy()
 
     def usable(rows):
-        todo = [i for i in rows.tolist() if i not in facts and image[i] is not None]
-        facts.update(zip(todo, album.add([(image[i], file[i]) for i in todo])))
+        todo = [i for i in rows.tolist() if pictured[i] and i not in facts]
+        facts.update(zip(todo, album.add(pictures[todo].rows())))
         return np.array(["rule" not in facts.get(i, {}) for i in rows.tolist()], bool)
 
     leader, cosine = keep_one(x, args.threshold, at=at, follow=follow, usable=None if args.text_only else usable,
@@ -1440,7 +1437,6 @@ def judge(left, x, album, journal, args):
 
     # down each chain of equal prompts: exact duplicates of the row that was judged, but K - 1 more pictures may stay
     row, boss, room = follow[judged], leader[judged], np.where(kept, args.per_prompt - 1, 0)
-    pictured = left["image"].is_not_null().to_numpy()
     while (row >= 0).any():
         row, boss, room = row[row >= 0], boss[row >= 0], room[row >= 0]
         more = (room > 0) & pictured[row]
@@ -1450,7 +1446,7 @@ def judge(left, x, album, journal, args):
     for i, made in facts.items():
         if "rule" in made:
             rule[i] = made["rule"]
-    return rule, leader, cosine, facts
+    return pl.Series(rule.tolist(), dtype=pl.String), leader, cosine, facts
 
 
 def write_tables(folder, pairs, gone, targets):
@@ -1538,42 +1534,35 @@ def main():
     files = (picture_file(row, image, args.link) for row, image in left.select("row", "image").iter_rows())
     files = pl.Series(files, dtype=pl.String) if not args.text_only else pl.lit(None, pl.String)
     left = left.with_columns(file=files, number=np.arange(len(left)))
-    left = left.with_columns(follow=pl.col("number").shift(-1).over("key").fill_null(-1))
+    funnel.left = left = left.with_columns(follow=pl.col("number").shift(-1).over("key").fill_null(-1))
     album = Album(work, out, {"size": args.size, "link": args.link}, args.workers)
     journal = work / ".search.sqlite"
     rule, leader, cosine, facts = judge(left, x, album, Journal(journal), args)
-    ids, at = left["row"].to_numpy(), left["at"].to_numpy()
-    rule = pl.Series(rule.tolist(), dtype=pl.String)
-    gone = pl.DataFrame({"row": ids, "rule": rule, "kept": ids[leader], "cosine": cosine}).drop_nulls("rule")
-    funnel.dropped.append(gone.with_columns(
-        kept=pl.when(pl.col("rule").str.ends_with("duplicate")).then("kept"),
-        cosine=pl.when(pl.col("rule") == "near-duplicate").then("cosine")).cast(funnel.schema))
-    if rule.null_count() == 0:
-        funnel.give_up()
+    funnel.drop(rule, rule.is_not_null(), cosine=pl.when(rule == "near-duplicate").then(pl.Series(cosine)),
+                kept=pl.when(rule.str.ends_with("duplicate")).then(pl.Series(left["row"].to_numpy()[leader])))
+    final = funnel.left.sort("row")
+    boss = leader[final["number"]]  # the row that each has its prompt from, as extra pictures may be worded otherwise
+    if args.generate:
+        blank = final.filter(pl.col("image").is_null())
+        facts.update(zip(blank["number"], generate(blank.select("prompt", "file").rows(), album, args)))
 
     # the split goes by prompt: every picture of a prompt goes where the prompt goes
-    kept = np.flatnonzero(leader == np.arange(len(leader)))
-    final = rule.is_null().arg_true().to_numpy()
-    final = final[np.argsort(ids[final])]
-    which = np.searchsorted(kept, leader[final])  # final row -> its prompt's number in kept
-    held = left["source"].gather(final).is_in(args.holdout_source).to_numpy()
-    group, split = split_groups(x[at[kept]], args.val_fraction, args.seed, np.bincount(which, held) > 0)
-    group, split, targets = group[which], split[which], x[at[kept[which]]]
-    if args.generate:
-        blank = final[left["image"].gather(final).is_null().to_numpy()]
-        facts.update(zip(blank.tolist(), generate(left[blank].select("prompt", "file").rows(), album, args)))
-    made = [facts.get(i, {}) for i in final.tolist()]
+    kept, which = np.unique(boss, return_inverse=True)
+    targets = x[left["at"].gather(boss)]
+    ood = np.bincount(which, final["source"].is_in(args.holdout_source)) > 0
+    group, split = split_groups(x[left["at"].gather(kept)], args.val_fraction, args.seed, ood)
+    group, split = group[which], split[which]
+    made = [facts.get(i, {}) for i in final["number"]]
     pairs = pl.DataFrame({
-        "image": left["file"].gather(final), "prompt": left["prompt"].gather(kept[which]),
-        "split": pl.Series(split, dtype=pl.String), "group": group, "source": left["source"].gather(final),
+        "image": final["file"], "prompt": left["prompt"].gather(boss), "split": pl.Series(split, dtype=pl.String),
+        "group": group, "source": final["source"],
         "width": pl.Series([m.get("width") for m in made], dtype=pl.Int32),
-        "height": pl.Series([m.get("height") for m in made], dtype=pl.Int32),
-        "origin": left["image"].gather(final)})
+        "height": pl.Series([m.get("height") for m in made], dtype=pl.Int32), "origin": final["image"]})
     album.close(set(pairs["image"]))
 
     # why every other row went: "kept" is a row of pairs.parquet
-    where = pl.DataFrame({"kept": ids[kept], "at": np.searchsorted(ids[final], ids[kept]),
-                          "kept_prompt": left["prompt"].gather(kept)})
+    where = left[kept].select(kept="row", kept_prompt="prompt")
+    where = where.with_columns(at=np.searchsorted(final["row"], where["kept"]))
     gone = pl.concat(funnel.dropped).join(where, on="kept", how="left").join(rows, on="row", how="left").sort("row")
     gone = gone.select("image", "prompt", "rule", pl.col("at").alias("kept"), "kept_prompt", "cosine", "source")
     write_tables(work, pairs, gone, targets)

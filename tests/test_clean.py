@@ -783,9 +783,10 @@ def test_killed_and_resumed_is_the_same(world, tmp_path, monkeypatch):
     assert len(again) <= len(made) - logged + 32, "only what was not in the log is made again"
 
 
-def test_leftovers_of_another_order_are_no_mixup(cleaned, table, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed, order", [(range(6), [*range(6, 12), *range(6)]), (range(6, 12), range(6, 12))])
+def test_leftovers_of_another_order_are_no_mixup(cleaned, table, tmp_path, monkeypatch, changed, order):
     """Row 3 of the killed run is row 5 of this one: every picture still belongs to its prompt, even where a second kill
-    comes amid the overwriting."""
+    comes amid the overwriting, be the picture that was overwritten used elsewhere by then or not."""
     colours = [(i * 20, 255 - i * 20, 40) for i in range(12)]
     for i, c in enumerate(colours):
         (tmp_path / f"{i}.png").write_bytes(png(c))
@@ -805,10 +806,10 @@ def test_leftovers_of_another_order_are_no_mixup(cleaned, table, tmp_path, monke
         return made[-1]
     with monkeypatch.context() as m:
         m.setattr(clean, "keep_image", dies)
-        for i in range(6):
+        for i in changed:
             (tmp_path / f"{i}.png").write_bytes(png(colours[i], (40, 40)))
         with pytest.raises(KeyboardInterrupt):
-            cleaned(table(rows[6:] + rows[:6]))
+            cleaned(table([rows[i] for i in order]))
     pairs, _, _ = cleaned(table(rows[3:] + rows[:3]))
     for image, prompt in pairs.select("image", "prompt").rows():
         wanted = colours[prompts(12).index(prompt)]

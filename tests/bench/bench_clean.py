@@ -1,8 +1,8 @@
 """
 What clean.py costs, measured side by side in one run.
 $ python tests/bench/bench_clean.py dedup              # (a) the public recipe, (b) float32 blocks, (c) keep_one, on real prompts or synthetic clusters
-$ python tests/bench/bench_clean.py metadata           # text rules and exact duplicates of a synthetic 2M-row DiffusionDB metadata.parquet
-$ python tests/bench/bench_clean.py images encode      # stored JPEG against WebP and 512-pixel PNGs; prompts a second by precision
+$ python tests/bench/bench_clean.py metadata           # text rules and exact duplicates of a made-up 2M-row metadata
+$ python tests/bench/bench_clean.py images encode      # stored JPEG against WebP and PNG; prompts a second by precision
 Goals of dedup: >= 3 x faster than (b), >= 25 x than (a), 0 differences from brute force, peak memory <= 3 x (N x 384 x 4) bytes + 1 GiB.
 """
 import argparse
@@ -124,39 +124,63 @@ def dedup(args):
         print(f"ours grows as rows^{slope:.2f}; 2M rows: about {np.exp(base + slope * np.log(2e6)) / 3600:.1f} h on these cores")
 
 
+def some_prompts(n, ending=""):
+    """The real prompts where they are, else n invented ones. -> Series"""
+    if PROMPTS.is_file():
+        return pl.read_parquet(PROMPTS)["prompt"]
+    return pl.Series([f"a painting of thing {i} by artist {i % 977}{ending}" for i in range(n)])
+
+
 def metadata(args):
-    """A DiffusionDB metadata.parquet with the true schema, 1.5M distinct prompts in 2M rows, through the rules that need no encoder."""
+    """A DiffusionDB metadata.parquet of the true schema, 1.5M distinct prompts in 2M rows, up to the encoder."""
     args.work.mkdir(parents=True, exist_ok=True)
     n, rng = args.metadata_rows, np.random.default_rng(0)
-    source = pl.read_parquet(PROMPTS)["prompt"] if PROMPTS.is_file() else pl.Series([f"a painting of thing {i} by artist {i % 977}, trending on artstation" for i in range(150_000)])
+    source = some_prompts(150_000, ", trending on artstation")
     pick = rng.integers(0, n * 3 // 4, n)
-    prompt = pl.DataFrame({"a": source.gather(pick % len(source)), "b": pick // len(source)}).select(pl.concat_str("a", pl.lit(", study "), "b")).to_series()
+    prompt = pl.DataFrame({"a": source.gather(pick % len(source)), "b": pick // len(source)})
     pl.DataFrame({
-        "image_name": pl.Series(np.arange(n)).cast(pl.String) + ".png", "prompt": prompt, "part_id": pl.Series(np.arange(n) // 1000 + 1, dtype=pl.UInt16),
-        "seed": pl.Series(rng.integers(0, 2**32, n), dtype=pl.UInt32), "step": pl.Series(np.full(n, 50), dtype=pl.UInt16), "cfg": pl.Series(np.full(n, 7), dtype=pl.Float32),
-        "sampler": pl.Series(np.full(n, 8), dtype=pl.UInt8), "width": pl.Series(rng.choice([512, 704, 1024], n), dtype=pl.UInt16),
-        "height": pl.Series(np.full(n, 512), dtype=pl.UInt16), "user_name": pl.Series(["deleted_account"] * n), "timestamp": pl.Series([None] * n, dtype=pl.Datetime("us", "UTC")),
-        "image_nsfw": pl.Series(rng.choice([.1, 2.0], n, p=[.95, .05]), dtype=pl.Float32), "prompt_nsfw": pl.Series(rng.random(n), dtype=pl.Float32),
+        "image_name": pl.Series(np.arange(n)).cast(pl.String) + ".png",
+        "prompt": prompt.select(pl.concat_str("a", pl.lit(", study "), "b")).to_series(),
+        "part_id": pl.Series(np.arange(n) // 1000 + 1, dtype=pl.UInt16),
+        "seed": pl.Series(rng.integers(0, 2**32, n), dtype=pl.UInt32),
+        "step": pl.Series(np.full(n, 50), dtype=pl.UInt16),
+        "cfg": pl.Series(np.full(n, 7), dtype=pl.Float32),
+        "sampler": pl.Series(np.full(n, 8), dtype=pl.UInt8),
+        "width": pl.Series(rng.choice([512, 704, 1024], n), dtype=pl.UInt16),
+        "height": pl.Series(np.full(n, 512), dtype=pl.UInt16),
+        "user_name": pl.Series(["deleted_account"] * n),
+        "timestamp": pl.Series([None] * n, dtype=pl.Datetime("us", "UTC")),
+        "image_nsfw": pl.Series(rng.choice([.1, 2.0], n, p=[.95, .05]), dtype=pl.Float32),
+        "prompt_nsfw": pl.Series(rng.random(n), dtype=pl.Float32),
     }).write_parquet(args.work / "metadata.parquet")
     code = """import sys, time, resource; sys.path.insert(0, sys.argv[1]); import clean
 def stop(*_, **__):
-    print(f"{time.perf_counter() - start:.1f} s, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"); sys.exit()
-clean.encode_cached = stop; start = time.perf_counter(); sys.argv = ["clean.py", sys.argv[2], "--text-only", "--out", sys.argv[3]]; clean.main()"""
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(args.work / "metadata.parquet"), str(args.work / "out")], capture_output=True, text=True)
-    print(f"{n:,} metadata rows to the list of distinct prompts:", done.stdout.splitlines()[-1] if done.stdout else done.stderr)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{time.perf_counter() - start:.1f} s, peak {peak:.2f} GiB"); sys.exit()
+clean.encode_cached = stop; start = time.perf_counter()
+sys.argv = ["clean.py", sys.argv[2], "--text-only", "--out", sys.argv[3]]; clean.main()"""
+    paths = map(str, (ROOT, args.work / "metadata.parquet", args.work / "out"))
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
+    result = done.stdout.splitlines()[-1] if done.stdout else done.stderr
+    print(f"{n:,} metadata rows to the list of distinct prompts:", result)
 
 
 def images(args):
-    """What the stored form costs: time to write and to read, size, and error against the shrunk picture; on smooth noise, 512 x 512 to 336."""
+    """What the stored form costs: time to write and to read, size, and error against the shrunk picture. Real pictures,
+    or smooth noise, 512 x 512 to 336."""
     from PIL import Image, ImageFilter
     rng, rows = np.random.default_rng(0), []
     pairs = ROOT.parent / "shared/data/pairs/images"
     files = sorted(pairs.iterdir())[::150][:24] if pairs.is_dir() else []
     pictures = [clean.open_rgb(f).resize((512, 512), Image.BICUBIC) for f in files] or [
-        Image.fromarray(rng.integers(0, 255, (512, 512, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(3)) for _ in range(24)]
+        Image.fromarray(rng.integers(0, 255, (512, 512, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(3))
+        for _ in range(24)]
     small = [p.resize((336, 336), Image.BICUBIC) for p in pictures]
-    for name, source, kwargs in (("512 PNG", pictures, {"format": "PNG"}), ("336 JPEG 95", small, {"format": "JPEG", "quality": 95}), ("336 JPEG 90", small, {"format": "JPEG", "quality": 90}),
-                                 ("336 WebP 95", small, {"format": "WEBP", "quality": 95}), ("336 WebP lossless", small, {"format": "WEBP", "lossless": True})):
+    for name, source, kwargs in (("512 PNG", pictures, {"format": "PNG"}),
+                                 ("336 JPEG 95", small, {"format": "JPEG", "quality": 95}),
+                                 ("336 JPEG 90", small, {"format": "JPEG", "quality": 90}),
+                                 ("336 WebP 95", small, {"format": "WEBP", "quality": 95}),
+                                 ("336 WebP lossless", small, {"format": "WEBP", "lossless": True})):
         stored = [io.BytesIO() for _ in source]
         start = time.perf_counter()
         for p, f in zip(source, stored):
@@ -166,23 +190,27 @@ def images(args):
             back = [clean.open_rgb(io.BytesIO(f.getvalue())) for f in stored]
         read = (time.perf_counter() - start) / reads
         error = np.mean([np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(source, back)])
-        rows.append({"stored as": name, "KB": np.mean([len(f.getvalue()) for f in stored]) / 1000, "write ms": write * 1000 / len(source), "read ms": read * 1000 / len(source), "mean error of 255": error})
+        rows.append({"stored as": name, "KB": np.mean([len(f.getvalue()) for f in stored]) / 1000,
+                     "write ms": write * 1000 / len(source), "read ms": read * 1000 / len(source),
+                     "mean error of 255": error})
+    print(f"{len(pictures)} {'pictures' if files else 'synthetic pictures'}, one process")
     with pl.Config(float_precision=2, tbl_hide_column_data_types=True, tbl_hide_dataframe_shape=True):
-        print(f"{len(pictures)} {'pictures' if files else 'synthetic pictures'}, one process", pl.DataFrame(rows).with_columns(speed=rows[0]["read ms"] / pl.col("read ms")), sep="\n")
+        print(pl.DataFrame(rows).with_columns(speed=rows[0]["read ms"] / pl.col("read ms")))
 
 
 def encode(args):
     import torch
-    prompts = pl.read_parquet(PROMPTS)["prompt"].head(args.encode_rows) if PROMPTS.is_file() else pl.Series([f"a painting of thing {i} by artist {i % 977}" for i in range(args.encode_rows)])
-    reference = None
+    prompts, reference = some_prompts(args.encode_rows).head(args.encode_rows), None
     encoder, _ = clean.load_encoder()
-    for precision, cast in (("fp32", encoder.float), ("bf16", encoder.bfloat16), *([("fp16", encoder.half)] if torch.cuda.is_available() else [])):
+    half = [("fp16", encoder.half)] if torch.cuda.is_available() else []
+    for precision, cast in (("fp32", encoder.float), ("bf16", encoder.bfloat16), *half):
         cast()
         clean.encode(prompts[:256], encoder)
         start = time.perf_counter()
         x = clean.encode(prompts, encoder, 512 if torch.cuda.is_available() else 128)
         seconds, reference = time.perf_counter() - start, x if reference is None else reference
-        print(f"encode {precision}: {len(prompts) / seconds:,.0f} prompts/s, largest cosine error {(1 - (x * reference).sum(1)).max():.1e}")
+        error = (1 - (x * reference).sum(1)).max()
+        print(f"encode {precision}: {len(prompts) / seconds:,.0f} prompts/s, largest cosine error {error:.1e}")
         if precision == "bf16":
             encoder, _ = clean.load_encoder()
 
@@ -192,7 +220,8 @@ def main():
     p.add_argument("what", nargs="+", choices=["dedup", "metadata", "images", "encode", "one"])
     p.add_argument("--rows", type=int, nargs="+", default=[25_000, 50_000, 100_000], help="sizes for dedup")
     p.add_argument("--threshold", type=float, default=0.85)
-    p.add_argument("--real", action=argparse.BooleanOptionalAction, default=True, help="real prompts where ../shared/data is there, encoded once; off = synthetic clusters")
+    p.add_argument("--real", action=argparse.BooleanOptionalAction, default=True,
+                   help="real prompts where ../shared/data is there, encoded once; off = synthetic clusters")
     p.add_argument("--public", type=int, default=25_000, help="most rows for the public recipe, which is slow")
     p.add_argument("--brute", type=int, default=50_000, help="most rows for brute force, which is slower")
     p.add_argument("--metadata-rows", type=int, default=2_000_000)
