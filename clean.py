@@ -256,7 +256,7 @@ class Album:
 
     def __init__(self, folder, old, recipe, workers):
         self.folder, self.recipe, self.workers, self.pool = Path(folder), recipe, workers, None
-        self.known, self.owner = {}, {}  # key -> facts, path -> key of the picture that is in it
+        self.known, self.owner = {}, {}  # {key: facts}, {path: key of the picture that is in it}
         for place in Path(old), self.folder:
             log = place / "images/.log"
             for line in log.read_bytes().splitlines() if log.is_file() else ():
@@ -267,12 +267,13 @@ class Album:
         self.log.write(b"\n")  # the last kill may have come in the middle of a line
 
     def learn(self, line, folder):
-        key = line["source"], line["stamp"]
+        """A line of that folder's log: the last word on its key, and on whose picture its file is."""
+        key, path = (line["source"], line["stamp"]), f"{folder}/{line['file']}"
         ours = line["source"] is not None and line["recipe"] == self.recipe
         if "rule" not in line:
-            self.owner[folder / line["file"]] = key if ours else None
+            self.owner[path] = key if ours else None
         if ours:
-            self.known[key] = {**line, "folder": folder}
+            self.known[key] = {**line, "path": path}
 
     def write(self, **line):
         line["recipe"] = self.recipe
@@ -285,8 +286,8 @@ class Album:
         facts = self.known.get(key)
         if not facts or "rule" in facts:
             return facts
-        made, path = facts["folder"] / facts["file"], self.folder / file
-        if self.owner.get(made) != key or not (made.is_symlink() or made.is_file()):
+        made, path = Path(facts["path"]), self.folder / file
+        if self.owner[facts["path"]] != key or not (made.is_symlink() or made.is_file()):
             return None
         if made != path:
             self.claim(key, file)
@@ -298,7 +299,7 @@ class Album:
 
     def claim(self, key, file):
         """Before a file is overwritten: forget whose it was, on disk too, or a kill would leave it as the other's."""
-        if self.owner.get(self.folder / file) not in (None, key):
+        if self.owner.get(f"{self.folder}/{file}") not in (None, key):
             self.write(source=None, stamp=None, file=file)
 
     def remember(self, key, file, facts):
@@ -399,8 +400,8 @@ def encode_cached(prompts, text_model=MINILM, device=None, precision="auto", cac
     return the whole."""
     import torch
     import torch.distributed as dist
-    ranks = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cuda = device.startswith("cuda")
     if precision == "auto":
@@ -445,9 +446,9 @@ def encode_cached(prompts, text_model=MINILM, device=None, precision="auto", cac
         encoder.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
         bar = tqdm(total=sum(map(len, mine)), desc="encoding", unit="prompt", disable=len(chunks) < 2 or rank > 0)
         for chunk in mine:
-            y = encode([prompts[i] for i in chunk], encoder, 512 if cuda else 128)
-            shard = {"keys": keys[chunk], "x": y}
-            with atomic(folder / f"{hashlib.blake2b(keys[chunk].tobytes(), digest_size=12).hexdigest()}.npz") as f:
+            shard = {"keys": keys[chunk], "x": encode([prompts[i] for i in chunk], encoder, 512 if cuda else 128)}
+            name = hashlib.blake2b(shard["keys"].tobytes(), digest_size=12).hexdigest()
+            with atomic(folder / f"{name}.npz") as f:
                 np.savez(f, **shard)
             take(shard)
             bar.update(len(chunk))
@@ -485,8 +486,8 @@ def clip_tokens(prompts, limit=77):
             if word not in cost:
                 letters = "".join(tokenizer.byte_encoder[b] for b in word.encode())
                 cost[word] = len(tokenizer.bpe(letters).split(" "))
-        words = words.group_by("row").agg(pl.col("word").replace_strict(cost, return_dtype=pl.Int64).sum() + 2)
-        counts = counts.scatter(rows.gather(words["row"]), words["word"])
+        words = words.group_by("row").agg(tokens=pl.col("word").replace_strict(cost, return_dtype=pl.Int64).sum() + 2)
+        counts = counts.scatter(rows.gather(words["row"]), words["tokens"])
     return counts
 
 
@@ -719,7 +720,7 @@ def read_table(path, image_col=None, prompt_col=None, text_only=False, need=None
     try:
         file = open_bytes(path)
         if kind == ".parquet":
-            names = pl.read_parquet_schema(file).names()
+            names = list(pl.read_parquet_schema(file))
             wanted = {image_col, prompt_col, "source", *ROW, *IMAGE_COLUMNS, *PROMPT_COLUMNS}
             table = pl.read_parquet(file, columns=[c for c in names if c in wanted or c.lower() in wanted])
         elif kind in (".jsonl", ".ndjson"):
