@@ -526,7 +526,9 @@ def flat_index(dim):
     """An empty exact inner-product index, on the GPU where faiss sees one."""
     import faiss
     index = faiss.IndexFlatIP(dim)
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index) if getattr(faiss, "get_num_gpus", int)() else index
+    if getattr(faiss, "get_num_gpus", int)():
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    return index
 
 
 def has_bf16(device):
@@ -544,8 +546,9 @@ def pair_cosines(a, b):
 
 
 class Kept:
-    """The rows kept so far. A first look, in bfloat16 where the hardware has it (4 times as fast as float32), leaves every row that can be
-    the nearest; these few are then compared in float64. Rounding unit rows and their product to bfloat16 moves a cosine by less than 0.01."""
+    """The rows kept so far. A first look, in bfloat16 where the hardware has it (there several times as fast as
+    float32), finds all that can be a row's nearest; only these few are compared in float64. Nothing is missed: rounding
+    two unit rows and their product to bfloat16 moves a cosine by less than 2^-8 + 2^-8 < 0.01."""
 
     def __init__(self, room, dim, threshold):
         import torch
@@ -559,7 +562,8 @@ class Kept:
         self.n += len(x)
 
     def candidates(self, x, span=4096):
-        """Unit rows x (B, D) -> pairs (i, j): row i and the kept rows j that can be its nearest, if that is at the threshold or above."""
+        """Unit rows x (B, D) -> (i, j), two arrays of pairs: row i and every kept row j that can be its nearest, where
+        the nearest can be at the threshold or above."""
         import torch
         x = torch.from_numpy(x).to(self.rows)
         best, pairs = torch.full((len(x),), self.threshold).to(x), [np.empty((2, 0), int)]
@@ -575,8 +579,8 @@ class Kept:
 
 
 class Journal:
-    """Blocks of neighbours found, on disk by a key of everything they depend on: what a killed search had done is not searched again.
-    A database that cannot be read or written is as good as none."""
+    """Blocks of neighbours found, on disk by a key of everything they depend on: what a killed search had done is not
+    searched again. A database that cannot be read or written is as good as none."""
 
     def __init__(self, path):
         self.db = sqlite3.connect(path, isolation_level=None)
@@ -607,23 +611,26 @@ def first_of(b, threshold, hair=4e-6):
 
 
 def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None, journal=None):
-    """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. Exact (what is near the threshold is
-    computed in float64, so neither block size nor thread count nor GPU changes a row), no neighbour lists, no cap; work = rows x kept.
-    x: unit rows float32 (N, D). -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader.
-    With `at` (N,) row i has the vector x[at[i]]. With `follow` (N,) row i stands for the chain i, follow[i], ... (-1 ends it) of equal
-    prompts, and only the first is judged. usable(rows) -> mask is asked about rows that would be kept: one that is not goes as if it had
-    never been in the input, the next of its chain being judged instead. Rows that were not judged have leader -1.
-    `journal`: where to go on after a kill."""
+    """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. Exact (what is near
+    the threshold is computed in float64, so neither block size nor thread count nor GPU changes a row), no neighbour
+    lists, no cap; work = rows x kept. x: unit rows float32 (N, D).
+    -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader.
+    With `at` (N,) row i has the vector x[at[i]]. With `follow` (N,) row i stands for the chain i, follow[i], ... (-1
+    ends it) of equal prompts, and only the first is judged. usable(rows) -> mask is asked about rows that would be
+    kept: one that is not goes as if it had never been in the input, the next of its chain being judged instead. Rows
+    that were not judged have leader -1. `journal`: where to go on after a kill."""
     at = np.arange(len(x)) if at is None else at
     follow = np.full(len(at), -1) if follow is None else follow
     leader, cosine = np.full(len(at), -1), np.ones(len(at), np.float32)
     queue = np.setdiff1d(np.arange(len(at)), follow).tolist()  # sorted, so a heap
     store, kept = Kept(len(queue), x.shape[1], threshold), np.empty(0, int)  # kept: row numbers of what is in store
-    past = hashlib.blake2b(repr((threshold, x.shape)).encode())  # of all that a search depends on: the threshold and every row kept so far
+    past = hashlib.blake2b(repr((threshold, x.shape)).encode())  # what a search depends on: this and every row kept
 
     def search(b):
-        """Each row's nearest of the rows kept in earlier blocks -> cosine (B,), row (B,); below the threshold they mean nothing."""
-        if found := journal and journal.get(key := hashlib.blake2b(past.digest() + b.tobytes()).digest()):
+        """Each row's nearest of those kept in earlier blocks -> cosine (B,), row (B,); below the threshold: a guess."""
+        key = journal and hashlib.blake2b(past.digest() + b.tobytes()).digest()
+        found = journal and journal.get(key)
+        if found:
             return found
         i, j = store.candidates(b)
         score, best, near = pair_cosines(b[i], x[at[kept[j]]]), np.full(len(b), -2.0), np.full(len(b), -1)
@@ -674,7 +681,8 @@ def nearest(queries, keys):
         return np.full(len(queries), -1, np.float32)
     index = flat_index(keys.shape[1])
     index.add(np.ascontiguousarray(keys))
-    return np.concatenate([index.search(np.ascontiguousarray(queries[i:i + 65_536]), 1)[0][:, 0] for i in range(0, len(queries), 65_536)])
+    blocks = (np.ascontiguousarray(queries[i:i + 65_536]) for i in range(0, len(queries), 65_536))
+    return np.concatenate([index.search(b, 1)[0][:, 0] for b in blocks])
 
 
 def split_groups(x, val_fraction, seed, ood=None):

@@ -386,7 +386,7 @@ def test_keep_one_is_the_definition(seed, n, dim, centres, noise, threshold, blo
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_keep_one_sees_what_bfloat16_cannot(bf16, monkeypatch):
-    """Clusters whose members are all about as far from each other as the threshold: the first look alone would misjudge them."""
+    """Clusters whose members are all about as far apart as the threshold: the first look alone would misjudge them."""
     monkeypatch.setattr(clean, "has_bf16", lambda device: bf16)
     x = clusters(np.random.default_rng(0), 2500, 384, 5, .53)
     leader, _ = clean.keep_one(x, .8, 64)

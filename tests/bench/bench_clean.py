@@ -1,9 +1,10 @@
 """
 What clean.py costs, measured side by side in one run.
-$ python tests/bench/bench_clean.py dedup              # (a) the public recipe, (b) float32 blocks, (c) keep_one, on real prompts or synthetic clusters
+$ python tests/bench/bench_clean.py dedup              # the public recipe (a) and float32 blocks (b) against keep_one
 $ python tests/bench/bench_clean.py metadata           # text rules and exact duplicates of a made-up 2M-row metadata
 $ python tests/bench/bench_clean.py images encode      # stored JPEG against WebP and PNG; prompts a second by precision
-Goals of dedup: >= 3 x faster than (b), >= 25 x than (a), 0 differences from brute force, peak memory <= 3 x (N x 384 x 4) bytes + 1 GiB.
+Goals of dedup: >= 25 x faster than (a), >= 3 x than (b), 0 differences from brute force, peak memory at most
+3 x (N x 384 x 4) bytes + 1 GiB.
 """
 import argparse
 import io
@@ -30,12 +31,14 @@ def clusters(n, seed=0):
     rng = np.random.default_rng(seed)
     sizes = rng.zipf(1.7, n).clip(max=n // 50)
     centre = np.repeat(np.arange(n), sizes)[:n]
-    x = rng.standard_normal((centre.max() + 1, 384), dtype=np.float32)[centre] + rng.uniform(.1, .6, (n, 1)).astype(np.float32) * rng.standard_normal((n, 384), dtype=np.float32)
+    x = rng.standard_normal((centre.max() + 1, 384), dtype=np.float32)[centre]
+    x += rng.uniform(.1, .6, (n, 1)).astype(np.float32) * rng.standard_normal((n, 384), dtype=np.float32)
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)[rng.permutation(n)]
 
 
 def public(x, threshold, k=5000):
-    """(a) The recipe that public solutions share: each row's k nearest by faiss, rows whose list has an earlier near one go; caps clusters at k."""
+    """(a) The recipe that public solutions share: each row's k nearest by faiss; later rows on the list of one that is
+    left go. Caps clusters at k."""
     import faiss
     index = faiss.IndexFlatIP(x.shape[1])
     index.add(x)
@@ -69,7 +72,7 @@ def ours(x, threshold):
 
 
 def brute(x, threshold):
-    """The definition: each row against the kept ones, one at a time, in NumPy; near the threshold in float64. -> kept rows"""
+    """The definition: each row against the kept ones, one at a time; near the threshold in float64. -> kept rows"""
     kept, store = [], np.empty_like(x)
     for i, row in enumerate(x):
         score = store[:len(kept)] @ row
@@ -83,45 +86,56 @@ def brute(x, threshold):
 def one(method, n, path, threshold):
     """Run in a process of its own, so that peak memory is the method's: prints JSON."""
     import faiss, torch  # noqa: E401, F401, loaded before the memory is read
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     x = np.load(path, mmap_mode="r")[:n].copy()
     globals()[method](x[:2000], threshold)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = peak(), time.perf_counter()
     kept = globals()[method](x, threshold)
     seconds = time.perf_counter() - start
     np.save(f"{path}.{method}.{n}.npy", kept)
-    print(json.dumps({"seconds": seconds, "kept": len(kept), "gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 2**30 + x.nbytes / 2**30}))
+    print(json.dumps({"seconds": seconds, "kept": len(kept), "gib": (peak() - before + x.nbytes) / 2**30}))
 
 
 def dedup(args):
     args.work.mkdir(parents=True, exist_ok=True)
-    path = args.work / "x.npy"
-    if PROMPTS.is_file() and args.real:
-        prompts = clean.repair(pl.read_parquet(PROMPTS)["prompt"]).to_frame().filter(pl.col("prompt").str.len_chars() > 0)
-        prompts = prompts.unique(maintain_order=True)["prompt"].head(max(args.rows))
+    path, real = args.work / "x.npy", PROMPTS.is_file() and args.real
+    if real:
+        prompts = clean.repair(pl.read_parquet(PROMPTS)["prompt"])
+        prompts = prompts.filter(prompts.str.len_chars() > 0).unique(maintain_order=True).head(max(args.rows))
         precision = "bf16" if clean.has_bf16("cpu") else "fp32"  # what is measured is the search
         np.save(path, clean.encode_cached(prompts, device="cpu", precision=precision, cache=args.work / "cache"))
     else:
         np.save(path, clusters(max(args.rows)))
-    print(f"{'real prompts' if PROMPTS.is_file() and args.real else 'synthetic clusters'}, threshold {args.threshold}, {os.cpu_count()} cores")
+
+    def measure(method, n):
+        command = [sys.executable, __file__, "one", "--method", method, "--rows", str(n), "--path", path]
+        done = subprocess.run([*command, "--threshold", str(args.threshold)], check=True, stdout=subprocess.PIPE)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    what = "real prompts" if real else "synthetic clusters"
+    print(f"{what}, threshold {args.threshold}, {os.cpu_count()} cores")
     print(f"{'rows':>8}  {'method':<12}{'seconds':>9}{'ratio':>8}{'kept':>9}{'different':>11}{'GiB':>7}")
     times = {}
     for n in args.rows:
         if n <= args.brute:
-            subprocess.run([sys.executable, __file__, "one", "--method", "brute", "--rows", str(n), "--path", path, "--threshold", str(args.threshold)], check=True, capture_output=True)
-        for method in ("ours", "triangular", "public"):
-            if method == "public" and n > args.public:
-                continue
-            done = subprocess.run([sys.executable, __file__, "one", "--method", method, "--rows", str(n), "--path", path, "--threshold", str(args.threshold)],
-                                  check=True, capture_output=True, text=True)
-            r = json.loads(done.stdout.splitlines()[-1])
+            measure("brute", n)
+        for method in ("ours", "triangular", *["public"] * (n <= args.public)):
+            r = measure(method, n)
             times.setdefault(method, []).append((n, r["seconds"]))
-            mine = np.load(f"{path}.{method}.{n}.npy")
-            wrong = len(np.setxor1d(mine, np.load(f"{path}.brute.{n}.npy"))) if n <= args.brute else "-"
-            print(f"{n:>8}  {method:<12}{r['seconds']:>9.2f}{r['seconds'] / times['ours'][-1][1]:>8.1f}{r['kept']:>9}{wrong:>11}{r['gib']:>7.2f}", flush=True)
+            wrong, ratio = "-", r["seconds"] / times["ours"][-1][1]
+            if n <= args.brute:
+                kept = [np.load(f"{path}.{m}.{n}.npy") for m in (method, "brute")]
+                wrong = len(np.setxor1d(*kept))
+            print(f"{n:>8}  {method:<12}{r['seconds']:>9.2f}{ratio:>8.1f}{r['kept']:>9}{wrong:>11}{r['gib']:>7.2f}",
+                  flush=True)
     if len(times["ours"]) > 1:
         n, t = np.log(np.array(times["ours"])).T
         slope, base = np.polyfit(n, t, 1)
-        print(f"ours grows as rows^{slope:.2f}; 2M rows: about {np.exp(base + slope * np.log(2e6)) / 3600:.1f} h on these cores")
+        hours = np.exp(base + slope * np.log(2e6)) / 3600
+        print(f"ours grows as rows^{slope:.2f}; 2M rows: about {hours:.1f} h on these cores")
 
 
 def some_prompts(n, ending=""):
