@@ -259,12 +259,14 @@ class Album:
         self.known, self.owner = {}, {}  # {key: facts}, {path: key of the picture that is in it}
         for place in Path(old), self.folder:
             log = place / "images/.log"
-            for line in log.read_bytes().splitlines() if log.is_file() else ():
+            content = log.read_bytes() if log.is_file() else b""
+            for line in content.splitlines():
                 with suppress(ValueError, KeyError, TypeError):
                     self.learn(json.loads(line), place)
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         self.log = open(self.folder / "images/.log", "a+b")
-        self.log.write(b"\n")  # the last kill may have come in the middle of a line
+        if content and not content.endswith(b"\n"):
+            self.log.write(b"\n")  # the last kill came in the middle of a line
 
     def learn(self, line, folder):
         """A line of that folder's log: the last word on its key, and on whose picture its file is."""
@@ -286,13 +288,15 @@ class Album:
         facts = self.known.get(key)
         if not facts or "rule" in facts:
             return facts
-        made, path = Path(facts["path"]), self.folder / file
-        if self.owner[facts["path"]] != key or not (made.is_symlink() or made.is_file()):
+        path = f"{self.folder}/{file}"
+        made = path if self.owner.get(path) == key else facts["path"]  # two rows may show one picture
+        if self.owner[made] != key or not os.path.lexists(made):
             return None
         if made != path:
             self.claim(key, file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
             os.link(made, path, follow_symlinks=False)
             self.remember(key, file, facts)
         return facts
