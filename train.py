@@ -4,7 +4,7 @@ Reads data/NAME (clean.py); writes runs/NAME/<phase>/{best.safetensors, last.pt,
 $ python train.py --phase lp                                             # the head, on frozen features computed once
 $ python train.py --phase ft                                             # everything, from the lp head
 $ python train.py --phase lp --data data/mine --model ViT-L-14-336 --pretrained openai
-$ python train.py --phase ft --data data/mine --layer-decay 0.6 --ema 0.9998 --batch-size 32 --accum-freq 4
+$ python train.py --phase ft --data data/mine --layer-decay 0.6 --batch-size 32 --accum-freq 4
 $ torchrun --standalone --nproc_per_node 4 train.py --phase ft --data data/mine
 All randomness is arithmetic: order and flips come from (seed, epoch), the rest from (seed, step), so a resumed run is
 the same run.
@@ -50,7 +50,7 @@ FREE = {"workers", "resume", "overwrite", "log_every", "save_every", "out", "dat
         "dry_run"}  # flags that may change on --resume
 DEFAULTS = {  # by phase, where neither command line nor data folder says otherwise; the README shows the evidence
     "lp": {"lr": 1e-3, "epochs": 30, "batch_size": 256, "warmup": 50, "hflip": 0.0, "mixgen": 0.0, "ema": 0.0},
-    "ft": {"lr": 1e-5, "epochs": 3, "batch_size": 64, "warmup": 200, "hflip": 0.0, "mixgen": 0.0, "ema": 0.0},
+    "ft": {"lr": 1e-5, "epochs": 3, "batch_size": 64, "warmup": 200, "hflip": 0.0, "mixgen": 0.0, "ema": 0.9998},
 }
 
 
@@ -809,7 +809,7 @@ def parse_args(argv=None):
     g.add_argument("--unfreeze-from", type=int, default=0, metavar="DEPTH", help="freeze what lies below this depth "
                    "(0 the stem, then one per block; --dry-run lists them)")
     g.add_argument("--ema", type=float, default=None, metavar="DECAY", help="average of the weights, validated and "
-                   f"saved too; 0.9998 for long runs; {unset('ema')}")
+                   f"saved too, shorter at the start; 0 = off; {unset('ema')}")
     g.add_argument("--wise", type=float, default=None, metavar="ALPHA",
                    help="validate and save (1 - ALPHA) start + ALPHA trained too (WiSE-FT, arXiv 2109.01903)")
     g.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=None,

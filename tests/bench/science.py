@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train  # noqa: E402
 
 LP, FT = "--phase lp --head-init ridge", "--phase ft --epochs 6 --warmup 10 --batch-size 32 --lr"
-AVERAGED = f"{FT} 1e-3 --ema 0.95 --wise 0.5"  # three kinds of weights out of one run
+AVERAGED = f"{FT} 1e-3 --ema 0.9998 --wise 0.5"  # three kinds of weights out of one run
 ROWS = {  # name: (where it starts, its flags, the weights that are scored)
     "lp, xavier": (None, "--phase lp --head-init xavier", "raw"),
     "lp, ridge": (None, LP, "raw"),
@@ -31,8 +31,7 @@ ROWS = {  # name: (where it starts, its flags, the weights that are scored)
     "LP-FT, lr 1e-4": ("lp, ridge", f"{FT} 1e-4", "raw"),
     "LP-FT, lr 3e-4": ("lp, ridge", f"{FT} 3e-4", "raw"),
     "LP-FT, lr 1e-3": ("lp, ridge", AVERAGED, "raw"),
-    "+ EMA 0.95": ("lp, ridge", AVERAGED, "ema"),
-    "+ EMA 0.9998": ("lp, ridge", f"{FT} 1e-3 --ema 0.9998", "ema"),
+    "+ EMA 0.9998": ("lp, ridge", AVERAGED, "ema"),
     "+ WiSE-FT 0.5": ("lp, ridge", AVERAGED, "wise"),
     "+ hflip 0.5": ("lp, ridge", f"{FT} 1e-3 --hflip 0.5", "raw"),
     "+ MixGen 0.25": ("lp, ridge", f"{FT} 1e-3 --mixgen 0.25", "raw"),
