@@ -544,6 +544,13 @@ def has_bf16(device):
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def products(a, b):
+    """a (N, D) @ b (M, D).T in float32, by torch like the rest of the search: NumPy's threads would fight with torch's
+    for the cores, which made it half as fast."""
+    import torch
+    return (torch.from_numpy(a) @ torch.from_numpy(b).T).numpy()
+
+
 def pair_cosines(a, b):
     """Cosine of each unit row of a (N, D) to the same row of b, in float64."""
     return np.einsum("nd,nd->n", a.astype(np.float64), b.astype(np.float64))
@@ -604,7 +611,7 @@ class Journal:
 
 def first_of(b, threshold, hair=4e-6):
     """Keep-one among the unit rows b (B, D), in order -> mask. Float32 sums of 384 products err by less than a hair."""
-    cosine, free = b @ b.T, np.ones(len(b), bool)
+    cosine, free = products(b, b), np.ones(len(b), bool)
     near = cosine >= threshold
     i, j = np.nonzero(abs(cosine - threshold) < hair)
     near[i, j] = pair_cosines(b[i], b[j]) >= threshold
@@ -666,7 +673,7 @@ def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None, journa
             continue
         gone, stay = np.flatnonzero(~alive), np.flatnonzero(alive)
         if len(gone) and len(stay):  # the nearest may have been kept in this block
-            inside = np.where(stay < gone[:, None], b[gone] @ b[stay].T, -2)
+            inside = np.where(stay < gone[:, None], products(b[gone], b[stay]), -2)
             closer = (best[gone] < threshold) | (inside.max(1) > best[gone])
             near[gone[closer]] = rows[stay[inside.argmax(1)[closer]]]
         leader[rows[stay]], leader[rows[gone]] = rows[stay], near[gone]

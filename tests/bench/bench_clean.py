@@ -105,6 +105,7 @@ def dedup(args):
     if real:
         prompts = clean.repair(pl.read_parquet(PROMPTS)["prompt"])
         prompts = prompts.filter(prompts.str.len_chars() > 0).unique(maintain_order=True).head(max(args.rows))
+        prompts = prompts.sample(fraction=1, shuffle=True, seed=0)  # the table goes from collection to collection
         precision = "bf16" if clean.has_bf16("cpu") else "fp32"  # what is measured is the search
         np.save(path, clean.encode_cached(prompts, device="cpu", precision=precision, cache=args.work / "cache"))
     else:
