@@ -160,6 +160,7 @@ def ft_speed(model, tower, spec, plain, targets, rows, work, args, flags, device
     slow = args.batch_size / np.median(np.diff(times)[1:])
     del net, optimizer
     flags += ["--compile"] if args.compile else []
+    flags += ["--ema", 0]  # the plain loop keeps no average either
     _, log = ours("--phase", "ft", "--init", "none", *flags, "--epochs", 1, "--batch-size", args.batch_size)
     found = [r for r in log if "images_per_s" in r]
     fast = np.median([r["images_per_s"] for r in found[1:] or found])
