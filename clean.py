@@ -622,9 +622,10 @@ def first_of(b, threshold, hair=4e-6):
 
 
 def keep_one(x, threshold, block=1024, at=None, follow=None, usable=None, journal=None):
-    """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. Exact (what is near
-    the threshold is computed in float64, so neither block size nor thread count nor GPU changes a row), no neighbour
-    lists, no cap; work = rows x kept. x: unit rows float32 (N, D).
+    """Greedy keep-one in row order: a row is kept iff no kept row before it has cosine >= threshold. Exact: what is
+    near the threshold is computed in float64, so neither block size nor thread count nor GPU changes which rows are
+    kept (of two leaders equally near, up to float32, the block size may choose). No neighbour lists, no cap; work =
+    rows x kept. x: unit rows float32 (N, D).
     -> leader (N,): own index where kept, else the nearest kept row before it; cosine (N,) to that leader.
     With `at` (N,) row i has the vector x[at[i]]. With `follow` (N,) row i stands for the chain i, follow[i], ... (-1
     ends it) of equal prompts, and only the first is judged. usable(rows) -> mask is asked about rows that would be
