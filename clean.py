@@ -423,8 +423,9 @@ def encode_cached(prompts, text_model=MINILM, device=None, precision="auto", cac
     def take(shard):
         """{"keys", "x"}, a file of the cache: what is wanted of it and was not there yet."""
         nonlocal x
-        at = np.searchsorted(keys, shard["keys"]).clip(max=len(keys) - 1)
-        new = (keys[at] == shard["keys"]) & ~have[at]
+        found = shard["keys"]  # an npz reads anew at every look
+        at = np.searchsorted(keys, found).clip(max=len(keys) - 1)
+        new = (keys[at] == found) & ~have[at]
         if new.any():
             y = shard["x"]
             x = np.empty((len(keys), y.shape[1]), np.float32) if x is None else x

@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from clean import (IMAGE_COLUMNS, IMAGE_SUFFIXES, PROMPT_COLUMNS, TABLE_SUFFIXES, atomic, encode_cached, is_archive,
                    list_members, open_rgb, read_data, read_table, reason, run, sha256)
-from train import DTYPES, Pictures, cosine, find_checkpoint, hold_memory, load_net, pick_precision, to_square
+from train import (DTYPES, Pictures, centre_crop, cosine, find_checkpoint, hold_memory, load_net, pick_precision,
+                   to_square)
 
 VIEWS = {  # --tta N takes the first N. name: (resolution as a factor, share of the centre that is seen, mirrored)
     "image": (1, 1, False), "mirror": (1, 1, True),
@@ -193,8 +194,7 @@ def centre(image, share):
     if share == 1:
         return image
     side = max(1, round(min(image.size) * share))
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    return centre_crop(image, side, side)
 
 
 def why(path):

@@ -42,7 +42,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clean import atomic, has_bf16, load_encoder, open_rgb, read_data, run
+from clean import atomic, has_bf16, load_encoder, open_rgb, read_data, reason, run
 
 FORMAT = 1
 DTYPES = {"amp_bf16": torch.bfloat16, "amp": torch.float16, "fp32": torch.float32}
@@ -217,8 +217,8 @@ def load_strict(module, state, name, optional=()):
 
 
 def brief(error):
-    """The first line of an error's message, for messages of our own."""
-    return (str(error).splitlines() or [""])[0][:120]
+    """An error in one short line, for messages of our own: torch's can be long."""
+    return reason(error)[:120]
 
 
 def snapshot(module):
