@@ -19,11 +19,12 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -46,8 +48,8 @@ from clean import atomic, has_bf16, load_encoder, open_rgb, read_data, reason, r
 
 FORMAT = 1
 DTYPES = {"amp_bf16": torch.bfloat16, "amp": torch.float16, "fp32": torch.float32}
-FREE = {"workers", "resume", "overwrite", "log_every", "save_every", "out", "data", "report_to", "asked",
-        "dry_run"}  # flags that may change on --resume
+# flags that may change on --resume
+FREE = {"workers", "resume", "overwrite", "log_every", "save_every", "out", "data", "report_to", "dry_run"}
 DEFAULTS = {  # by phase, where neither command line nor data folder says otherwise; the README shows the evidence
     "lp": {"lr": 1e-3, "epochs": 30, "batch_size": 256, "warmup": 50, "hflip": 0.0, "mixgen": 0.0, "ema": 0.0},
     "ft": {"lr": 1e-5, "epochs": 3, "batch_size": 64, "warmup": 200, "hflip": 0.0, "mixgen": 0.0, "ema": 0.9998},
@@ -62,11 +64,10 @@ def build_tower(spec):
     if spec["model"].startswith("timm:"):
         return timm_tower(spec["model"][5:], spec["image_size"], spec["kwargs"])
     from open_clip.model import _build_vision_tower  # the visual half alone: no text tower in memory
-    vision = {**spec["config"]["vision_cfg"], "image_size": spec["image_size"]}
+    vision = {**spec["config"]["vision_cfg"], "image_size": spec["image_size"], "output_tokens": False}
     tower = _build_vision_tower(spec["config"]["embed_dim"], vision, spec["quick_gelu"])
     if not spec.get("proj"):  # pooled features before the contrastive projection (1024 for L/14), as in the recipe
-        if getattr(tower, "proj", None) is not None:
-            tower.proj = None
+        tower.proj = None
         for name in ("drop", "proj", "mlp"):  # open_clip's wrapper of a timm tower
             if hasattr(getattr(tower, "head", None), name):
                 delattr(tower.head, name)
@@ -76,9 +77,10 @@ def build_tower(spec):
 def timm_tower(name, size, kwargs, pretrained=False):
     """A timm backbone without its classifier for images of `size` pixels, or of its own size (None)."""
     import timm
-    sized = {"img_size": size, **kwargs} if size else kwargs
+    if ":" in name or any(k.startswith(("pretrained", "checkpoint", "cache")) for k in kwargs):  # a checkpoint asks too
+        raise ValueError(f"timm:{name} {kwargs} would open files or the hub; weights come from --pretrained")
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **sized)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **{"img_size": size, **kwargs})
     except TypeError:  # convnets and the like take any size and know no such argument
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
 
@@ -86,61 +88,62 @@ def timm_tower(name, size, kwargs, pretrained=False):
 def resize_positions(state, module):
     """-> state, its position embeddings fitted to a module built for another image size: bicubic over the square patch
     grid, class and register tokens kept; open_clip "positional_embedding" (T, D), timm "pos_embed" (1, T, D)."""
+    from timm.layers import resample_abs_pos_embed
     for key, new in module.state_dict().items():
-        old = state.get(key)
-        if not key.endswith(("positional_embedding", "pos_embed")) or old is None:
-            continue
-        if old.shape == new.shape or old.shape[:-2] != new.shape[:-2]:
+        old = state.get(key, new)
+        if old.shape == new.shape or old.ndim != new.ndim or not key.endswith(("positional_embedding", "pos_embed")):
             continue
         sizes = old.shape[-2], new.shape[-2]
         prefix = next((p for p in range(16) if all(n > p and math.isqrt(n - p) ** 2 == n - p for n in sizes)), None)
-        if prefix is None:
-            continue  # no square grid: load_strict names it
-        a, b = (math.isqrt(n - prefix) for n in sizes)
-        grid = old[..., prefix:, :].reshape(1, a, a, -1).permute(0, 3, 1, 2).float()
-        grid = F.interpolate(grid, (b, b), mode="bicubic", antialias=True, align_corners=False).permute(0, 2, 3, 1)
-        state[key] = torch.cat([old[..., :prefix, :], grid.reshape(*old.shape[:-2], b * b, -1).to(old.dtype)], -2)
+        if prefix is not None and old.shape[-1] == new.shape[-1]:  # else no square grid: load_strict names it
+            side = math.isqrt(sizes[1] - prefix)
+            old = old.reshape(1, *old.shape[-2:])
+            state[key] = resample_abs_pos_embed(old, (side, side), num_prefix_tokens=prefix).reshape(new.shape)
     return state
 
 
 def make_tower(args):
     """Command line -> (tower with its pretrained weights, spec). The spec goes into the checkpoint: it is all that
     build_tower and predict.py need."""
-    kwargs = parse_kwargs(args.model_kwargs)
-    spec = {"model": args.model, "pretrained": args.pretrained, "kwargs": kwargs, "proj": args.proj}
-    file = args.pretrained if Path(args.pretrained).is_file() else None
+    file = Path(args.pretrained).is_file()
     tag = None if file or args.pretrained in ("none", "") else args.pretrained
-    make = make_timm if args.model.startswith("timm:") else make_open_clip
-    tower, spec = make(args, spec, tag)
+    describe_tower = timm_spec if args.model.startswith("timm:") else open_clip_spec
+    spec, state = describe_tower(args, tag, dict(args.model_kwargs))
+    spec |= {"model": args.model, "pretrained": args.pretrained, "proj": args.proj}
     spec |= {"mean": list(args.image_mean or spec["mean"]), "std": list(args.image_std or spec["std"])}
+    tower = build_tower(spec)
     if file:
-        state = read_weights(file)
+        state = read_weights(args.pretrained)
         if any(k.startswith("visual.") for k in state):  # a whole CLIP: take the visual half
             state = {k[7:]: v for k, v in state.items() if k.startswith("visual.")}
-        load_strict(tower, resize_positions(state, tower), file, unused(args))
+    if state:  # what classifies or projects is not used here
+        unused = "proj", "classifier.", "fc.", "head."
+        load_strict(tower, resize_positions(state, tower), args.pretrained, unused)
     return tower, spec
 
 
-def make_timm(args, spec, tag):
-    """--model timm:NAME -> (tower, complete spec); weights of the pretrained tag, random ones without."""
+def timm_spec(args, tag, kwargs):
+    """--model timm:NAME -> (spec, weights of the pretrained tag or None)"""
     import timm
-    name = args.model[5:]
+    name = f"{args.model[5:]}.{tag}" if tag else args.model[5:]  # every tag has its own mean, std and size
     try:
-        tower = timm_tower(name, args.image_size, spec["kwargs"])
-    except (RuntimeError, TypeError) as e:
-        sys.exit(f"--model {args.model} {' '.join(args.model_kwargs)}: {brief(e)}; names: timm.list_models()")
-    norm = timm.data.resolve_model_data_config(tower)
-    if tag:
-        try:
-            tower = timm_tower(f"{name}.{tag}", args.image_size, spec["kwargs"], pretrained=True)
-        except Exception as e:
+        with torch.random.fork_rng([]):  # build_tower draws the random weights that are used
+            tower = timm_tower(name, args.image_size, kwargs, pretrained=bool(tag))
+    except Exception as e:
+        if tag:
             sys.exit(f"--pretrained {tag}: neither a file nor a tag of {args.model} that can be loaded ({brief(e)})")
-    return tower, {**spec, "mean": norm["mean"], "std": norm["std"], "interpolation": norm["interpolation"],
-                   "image_size": args.image_size or norm["input_size"][-1]}
+        sys.exit(f"--model {args.model} {kwargs or ''}: {brief(e)}; names: timm.list_models()")
+    if tag and "quickgelu" not in name and any("QuickGELU" in n for n in tower.pretrained_cfg.get("notes") or ()):
+        sys.exit(f"--pretrained {tag}: was trained with QuickGELU, which {args.model} does not have; take "
+                 f"--model {args.model.replace('clip_', 'clip_quickgelu_')} or the open_clip model")
+    norm = timm.data.resolve_model_data_config(tower)
+    spec = {k: norm[k] for k in ("mean", "std", "interpolation")}
+    spec |= {"kwargs": kwargs, "image_size": args.image_size or norm["input_size"][-1]}
+    return spec, tower.state_dict() if tag else None
 
 
-def make_open_clip(args, spec, tag):
-    """--model NAME or FILE.json, an architecture of your own in open_clip's format -> as make_timm."""
+def open_clip_spec(args, tag, kwargs):
+    """--model NAME or FILE.json, an architecture of your own in open_clip's format -> as timm_spec."""
     import open_clip
     name = args.model
     if name.endswith(".json"):
@@ -150,8 +153,7 @@ def make_open_clip(args, spec, tag):
         name = Path(name).stem
     config = open_clip.get_model_config(name)
     if config is None:
-        sys.exit(f"--model {args.model}: not an open_clip model; see open_clip.list_models(), "
-                 "or timm:NAME for a timm backbone")
+        sys.exit(f"--model {name}: not an open_clip model (open_clip.list_models()), nor timm:NAME, nor a .json")
     known = open_clip.get_pretrained_cfg(name, tag) if tag else {}
     if tag and not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
@@ -160,46 +162,36 @@ def make_open_clip(args, spec, tag):
     # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
     quick = bool(known.get("quick_gelu", config.get("quick_gelu", False))) or args.force_quick_gelu
     size = args.image_size or config["vision_cfg"].get("image_size", 224)
-    spec = {**spec, **{k: known.get(k, v) for k, v in norm.items()}, "quick_gelu": quick,
-            "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}, "image_size": size}
-    tower = build_tower(spec)
-    if tag:
-        try:
-            full = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick, force_image_size=size)
-        except Exception as e:
-            sys.exit(f"--pretrained {tag}: cannot be loaded ({brief(e)}); give a weights file instead")
-        load_strict(tower, full.visual.state_dict(), tag, unused(args))
-    return tower, spec
+    spec = {k: known.get(k, v) for k, v in norm.items()}
+    spec |= {"config": {k: config[k] for k in ("embed_dim", "vision_cfg")}, "kwargs": kwargs, "quick_gelu": quick,
+             "image_size": size}
+    if not tag:
+        return spec, None
+    try:
+        full = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick, force_image_size=size)
+    except Exception as e:
+        sys.exit(f"--pretrained {tag}: cannot be loaded ({brief(e)}); give a weights file instead")
+    return spec, full.visual.state_dict()
 
 
-def unused(args):
-    """Prefixes of weights that a file may hold and our towers have no use for."""
-    return ("classifier.", "fc.", "head.") if args.proj else ("proj", "classifier.", "fc.", "head.")
-
-
-def parse_kwargs(items):
-    """["pad_type=same", "depth=4"] -> {"pad_type": "same", "depth": 4}"""
-    kwargs = {}
-    for item in items:
-        key, found, value = item.partition("=")
-        if not found:
-            sys.exit(f"--model-kwargs {item}: must be key=value")
-        try:
-            kwargs[key] = json.loads(value)
-        except ValueError:
-            kwargs[key] = value
-    return kwargs
+def key_value(item):
+    """"depth=4" -> ("depth", 4)"""
+    key, found, value = item.partition("=")
+    if not found:
+        sys.exit(f"--model-kwargs {item}: must be key=value")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def read_weights(path):
     """A safetensors or state-dict file -> {name: tensor}. Never unpickles code."""
     try:
         if str(path).endswith(".safetensors"):
-            with safe_open(path, "pt") as f:
-                return {k: f.get_tensor(k) for k in f.keys()}
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        return {k.removeprefix("module."): v for k, v in state.items()}
+        return {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
     except Exception as e:
         sys.exit(f"{path}: not a safetensors or plain state-dict file ({brief(e)})")
 
@@ -213,17 +205,13 @@ def load_strict(module, state, name, optional=()):
     if missing or extra or shape:
         sys.exit(f"{name}: does not fit the model: {len(missing)} missing {missing[:3]}, "
                  f"{len(extra)} unexpected {extra[:3]}, {len(shape)} of another shape {shape[:3]}")
-    module.load_state_dict({k: state.get(k, wanted[k]) for k in wanted})
+    if not any(v.is_meta for v in wanted.values()):  # else only the fit was asked for
+        module.load_state_dict({k: state.get(k, wanted[k]) for k in wanted})
 
 
 def brief(error):
     """An error in one short line, for messages of our own: torch's can be long."""
     return reason(error)[:120]
-
-
-def snapshot(module):
-    """A copy of a module's state that further training leaves alone."""
-    return {k: v.clone() for k, v in module.state_dict().items()}
 
 
 class SharedBatchNorm(nn.BatchNorm1d):
@@ -244,18 +232,19 @@ class SharedBatchNorm(nn.BatchNorm1d):
 
 
 class Net(nn.Module):
-    """tower -> head -> unit-norm embedding. uint8 or normalised float images (B, 3, S, S) -> (B, 384)."""
+    """tower -> head -> unit-norm embedding (B, 384). Takes images (B, 3, S, S), uint8 or normalised float, or what the
+    tower made of them (B, D). Layers in `frozen` stay in eval mode while the rest trains."""
 
     def __init__(self, tower, spec, head="linear", width=16, dim=384):
         super().__init__()
-        self.tower = tower
+        self.tower, self.spec, self.frozen = tower, spec, []
         with torch.no_grad():  # the pooled width is not always what a config says
-            features = tower.eval()(torch.zeros(1, 3, spec["image_size"], spec["image_size"])).shape[-1]
+            self.features = tower.eval()(torch.zeros(1, 3, spec["image_size"], spec["image_size"])).shape[-1]
         if head == "linear":
-            self.head = nn.Linear(features, dim)
+            self.head = nn.Linear(self.features, dim)
         else:
             hidden = width * 1024
-            self.head = nn.Sequential(nn.Linear(features, hidden), SharedBatchNorm(hidden), nn.ReLU(),
+            self.head = nn.Sequential(nn.Linear(self.features, hidden), SharedBatchNorm(hidden), nn.ReLU(),
                                       nn.Linear(hidden, dim))
         for layer in self.head.modules():
             if isinstance(layer, nn.Linear):
@@ -268,35 +257,34 @@ class Net(nn.Module):
         return (x.float() / 255 - self.mean) / self.std  # uint8 over the bus, float on the device
 
     def forward(self, x):
-        return self.embed(self.tower(self.pixels(x) if x.dtype == torch.uint8 else x))
+        if x.dtype == torch.uint8:
+            x = self.pixels(x)
+        return self.embed(self.tower(x) if x.ndim == 4 else x)
 
     def embed(self, features):
         return F.normalize(self.head(features).float(), dim=-1)
 
+    def train(self, mode=True):
+        super().train(mode)
+        for layer in self.frozen:
+            layer.eval()
+        return self
+
 
 def depths(net):
     """{parameter name: depth}: 0 the stem, then one per block, the head last. Layer decay and --unfreeze-from count in
-    these; a norm after the last block belongs to it. Blocks come from timm's own group_matcher, for open_clip's towers
-    from their names."""
+    these; what follows the last block belongs to it. A timm tower knows its blocks, for open_clip's they stand here."""
+    from timm.models import group_parameters
     wrapped = hasattr(net.tower, "trunk")  # open_clip around a timm backbone
     tower, prefix = (net.tower.trunk, "tower.trunk.") if wrapped else (net.tower, "tower.")
+    matcher = {"stem": "conv|bn|class_embedding|positional_embedding|ln_pre",  # in timm's format; ViT, ResNet, the rest
+               "blocks": [(r"transformer\.resblocks\.(\d+)", None), (r"layer(\d+)\.(\d+)", None), (".*", (99999,))]}
     if hasattr(tower, "group_matcher"):
-        from timm.models import group_parameters
-        found = group_parameters(tower, tower.group_matcher(coarse=False), reverse=True)
-    else:
-        found, blocks = {}, {}
-        for name, _ in tower.named_parameters():
-            # ViT: transformer.resblocks.7. · ResNet: layer3.5.
-            block = re.match(r"transformer\.resblocks\.\d+\.|layer\d+\.\d+\.", name)
-            if block:
-                blocks.setdefault(block[0], len(blocks) + 1)
-            found[name] = blocks[block[0]] if block else len(blocks)
-        if not blocks:
-            sys.exit(f"{type(tower).__name__}: its blocks are not known, so there is no --layer-decay or "
-                     "--unfreeze-from for it")
-    rank = {d: i for i, d in enumerate(sorted(set(found.values())))}
-    found = {prefix + n: rank[d] for n, d in found.items()}
+        matcher = tower.group_matcher(coarse=False)
+    found = {prefix + n: d for n, d in group_parameters(tower, matcher, reverse=True).items()}
     last = max(found.values())
+    if not last:
+        sys.exit(f"{type(tower).__name__}: its blocks are not known, so no --layer-decay or --unfreeze-from for it")
     return {n: last + 1 if n.startswith("head.") else found.get(n, last) for n, _ in net.named_parameters()}
 
 
@@ -312,7 +300,7 @@ def param_groups(net, lr, wd, decay=1.0, unfreeze_from=0, head_only=False):
         sys.exit(f"--unfreeze-from {unfreeze_from}: this tower has depths 0 (the stem) to {top} (the head)")
     for name, p in net.named_parameters():
         d, matrix = depth[name], p.ndim > 1
-        p.requires_grad_(d == top if head_only else d >= unfreeze_from)
+        p.requires_grad_(p.requires_grad and (d == top if head_only else d >= unfreeze_from))
         if p.requires_grad:
             group = {"depth": d, "peak": lr * decay ** (top - d), "weight_decay": wd if matrix else 0.0, "params": []}
             groups.setdefault((d, matrix), group)["params"].append(p)
@@ -321,22 +309,36 @@ def param_groups(net, lr, wd, decay=1.0, unfreeze_from=0, head_only=False):
 
 def drop_patches(tower, p):
     """FLIP (arXiv 2212.00794), ViTs only: in training a share p of the patches is left out, and as much of the cost."""
+    from timm.layers import PatchDropout, PatchDropoutWithIndices
+    from timm.models.eva import Eva
     inner = getattr(tower, "trunk", tower)
-    if hasattr(inner, "patch_dropout"):
-        from open_clip.transformer import PatchDropout
-        inner.patch_dropout = PatchDropout(p)
+    if isinstance(inner, Eva):  # rotates by position, so it must know which patches stayed
+        inner.patch_drop = PatchDropoutWithIndices(p, num_prefix_tokens=inner.num_prefix_tokens)
     elif hasattr(inner, "patch_drop"):
-        from timm.layers import PatchDropout
         inner.patch_drop = PatchDropout(p, num_prefix_tokens=inner.num_prefix_tokens)
+    elif hasattr(inner, "patch_dropout"):  # open_clip's own module chooses on the CPU, which the GPU then waits for
+        inner.patch_dropout = PatchDropout(p)
     else:
         sys.exit(f"--patch-dropout: {type(inner).__name__} has no patches to drop")
 
 
-def save_net(net, meta, path):
-    """best.safetensors: the weights, and as JSON metadata all it takes to use them."""
-    state = {k: v.detach().contiguous().cpu() for k, v in net.state_dict().items()}
+def checkpoint_gradients(tower, trained_bn):
+    """--grad-checkpointing, or one line where it would do nothing or harm."""
+    if trained_bn:  # the second forward pass would move the running statistics again
+        sys.exit("--grad-checkpointing: not with BatchNorm that trains; add --freeze-bn")
+    try:
+        tower.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        tower = None
+    if tower is None or type(tower).__name__ == "ModifiedResNet":  # whose method is empty
+        sys.exit("--grad-checkpointing: this tower has none; lower --batch-size and raise --accum-freq instead")
+
+
+def save_net(net, meta, path, head=None):
+    """best.safetensors: the weights, and as JSON metadata all it takes to use them. head: its state, if not net's."""
+    state = net.state_dict() | {f"head.{k}": v for k, v in (head or {}).items()}
     with atomic(path) as f:
-        save_file(state, f.name, metadata={"config": json.dumps(meta)})
+        f.write(to_safetensors({k: v.contiguous().cpu() for k, v in state.items()}, {"config": json.dumps(meta)}))
 
 
 def find_checkpoint(path):
@@ -348,26 +350,39 @@ def find_checkpoint(path):
     sys.exit(f"{path}: no checkpoint there (best.safetensors); train one with: python train.py --phase lp")
 
 
+def load_meta(path):
+    """The metadata of a checkpoint that save_net wrote -> dict. Exits with one line on what is no such checkpoint."""
+    try:
+        with safe_open(path, "pt") as f:
+            meta = json.loads((f.metadata() or {}).get("config", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
+        sys.exit(f"{path}: not a readable checkpoint ({brief(e)}); train it again")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        sys.exit(f"{path}: not a checkpoint of train.py (format {found}, expected {FORMAT})")
+    try:
+        meta["tower"]["model"].lower(), meta["tower"]["kwargs"].items(), meta["head"].items()
+        meta.setdefault("text_model", {}).get("name")
+    except (KeyError, AttributeError, TypeError) as e:
+        sys.exit(f"{path}: not a checkpoint of train.py ({type(e).__name__}: {brief(e)})")
+    return meta
+
+
 def load_net(path, image_size=None):
     """A checkpoint that save_net wrote -> (Net in eval mode, meta). No flags: it describes itself. Exits with one line
     on what is no such checkpoint. image_size: pixels other than those it was trained at; position embeddings are
     resized, and meta["tower"]["image_size"] says so."""
     path = find_checkpoint(path)
-    try:
-        with safe_open(path, "pt") as f:
-            meta = json.loads((f.metadata() or {}).get("config", "{}"))
-            state = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, ValueError) as e:
-        sys.exit(f"{path}: not a readable checkpoint ({brief(e)}); train it again")
-    if meta.get("format") != FORMAT:
-        sys.exit(f"{path}: not a checkpoint of train.py (format {meta.get('format')}, expected {FORMAT})")
+    meta, state = load_meta(path), load_file(path)
     try:
         meta["tower"]["image_size"] = image_size or meta["tower"]["image_size"]
-        net = Net(build_tower(meta["tower"]), meta["tower"], **meta["head"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as e:
+        for device in ("meta", "cpu"):  # first without memory: what it claims to be may be larger than what it is
+            with torch.device(device):
+                net = Net(build_tower(meta["tower"]), meta["tower"], **meta["head"])
+            load_strict(net, resize_positions(state, net), path)
+    except Exception as e:  # whatever torch, timm and open_clip make of a description that is wrong or hostile
         sys.exit(f"{path}: describes no model that can be built here at {image_size or 'its own'} px "
                  f"({type(e).__name__}: {brief(e)})")
-    load_strict(net, resize_positions(state, net), path)
     return net.eval(), meta
 
 
@@ -382,8 +397,7 @@ class Pictures(Dataset):
 
     def __init__(self, paths, spec):
         self.paths, self.size = paths, spec["image_size"]
-        filters = {"bilinear": Image.BILINEAR, "nearest": Image.NEAREST, "lanczos": Image.LANCZOS}
-        self.filter = filters.get(spec["interpolation"], Image.BICUBIC)
+        self.filter = getattr(Image.Resampling, spec["interpolation"].upper(), Image.Resampling.BICUBIC)
 
     def __len__(self):
         return len(self.paths)
@@ -414,56 +428,55 @@ def centre_crop(image, w, h):
     return image.crop((left, top, left + w, top + h))
 
 
-class TrainPairs(Dataset):
-    """(row, flip) -> what collate stacks. The plan says which rows and flips, so workers and resume change nothing."""
+class Batches(Dataset):
+    """Whole micro-batches, put together in the workers: (rows, flips) -> pictures, targets, flips, tokens of the first
+    `mixed` prompts joined with the next for MixGen, or {}, rows."""
 
-    def __init__(self, pictures, targets, prompts):
+    def __init__(self, pictures, targets, prompts, mixed=0, tokenize=None):
         self.pictures, self.targets, self.prompts = pictures, targets, prompts
+        self.mixed, self.tokenize = mixed, tokenize
 
     def __getitem__(self, item):
-        row, flip = item
-        return self.pictures[row], self.targets[row], flip, self.prompts[row], row
+        (rows, flips), m, tokens = item, self.mixed, None
+        if m:
+            tokens = self.tokenize([f"{self.prompts[a]} {self.prompts[b]}" for a, b in zip(rows[:m], rows[m:2 * m])])
+        x, y = torch.stack([self.pictures[i] for i in rows]), torch.from_numpy(self.targets[rows])
+        return x, y, torch.from_numpy(flips), dict(tokens or {}), torch.from_numpy(rows)
 
 
-def collate(items, mixed=0, tokenize=None):
-    """-> pictures, targets, flips, tokens of the prompts that MixGen joins or None (made here, in the workers), rows"""
-    pictures, targets, flips, prompts, rows = zip(*items)
-    tokens = None
-    if mixed:
-        tokens = dict(tokenize([f"{a} {b}" for a, b in zip(prompts[:mixed], prompts[mixed:2 * mixed])]))
-    flips = torch.tensor(flips, dtype=torch.bool)
-    return torch.stack(pictures), torch.from_numpy(np.stack(targets)), flips, tokens, torch.tensor(rows)
+def load_features(plan, features, targets):
+    """lp's micro-batches of a plan, from memory; the same five things as Batches gives."""
+    for rows, flips in plan:
+        x, y = torch.from_numpy(features[flips.astype(int), rows]).float(), torch.from_numpy(targets[rows])
+        yield x, y, None, None, torch.from_numpy(rows)
 
 
-def plan(train, rows, batch, args, rank, step):
-    """The micro-batches of this process from `step` on, each [(row, 1 if mirrored else 0), ...]: a function of (seed,
-    epoch), so resume is arithmetic. train: indices among all `rows`; batch: rows per step, over all processes."""
-    per_epoch = len(train) // batch
+def plan(train_rows, n_rows, batch, args, rank, step):
+    """The micro-batches of this process from `step` on, each (rows, whether mirrored): a function of (seed, epoch), so
+    workers and resume change nothing. train_rows: indices among all n_rows; batch: rows per step in all processes."""
+    per_epoch = len(train_rows) // batch
     for epoch in range(step // per_epoch, args.epochs):
         rng = np.random.default_rng((args.seed, epoch))
-        order = train[rng.permutation(len(train))]
-        flip = (rng.random(rows) < args.hflip).astype(int)
+        order = train_rows[rng.permutation(len(train_rows))]
+        flips = rng.random(n_rows) < args.hflip
         for i in range(max(0, step - epoch * per_epoch), per_epoch):
             # dealt like cards: a row and its MixGen partner, M rows on, meet on one device,
             # so any division of the batch mixes the same pairs
             hands = order[i * batch:(i + 1) * batch].reshape(args.batch_size, -1).T
             for hand in hands[rank * args.accum_freq:][:args.accum_freq]:
-                yield list(zip(hand.tolist(), flip[hand].tolist()))
+                yield hand.copy(), flips[hand]
 
 
-def load_features(plan, features, targets):
-    """lp's micro-batches of a plan, from memory; the same five things as collate gives."""
-    for items in plan:
-        rows, flip = np.array(items).T
-        x, y = torch.from_numpy(features[flip, rows]).float(), torch.from_numpy(targets[rows])
-        yield x, y, None, None, torch.from_numpy(rows)
+def in_order(rows, size):
+    """The same kind of plan, for scoring: no mirror images."""
+    return [(r, np.zeros(len(r), bool)) for r in (rows[i:i + size] for i in range(0, len(rows), size))]
 
 
-def make_loader(dataset, plan, args, device, **more):
-    """Pictures in worker processes, in the batches that a plan lists."""
+def make_loader(dataset, args, device, **batches):
+    """Pictures in worker processes."""
     # its own generator: building an iterator would draw from the global stream and shift dropout after a resume
-    return DataLoader(dataset, batch_sampler=plan, num_workers=args.workers, pin_memory=device.type == "cuda",
-                      worker_init_fn=ignore_signals, generator=torch.Generator(), **more)
+    return DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_signals, generator=torch.Generator(), **batches)
 
 
 def ignore_signals(_):
@@ -481,48 +494,73 @@ def mixgen(images, targets, joined, lam=0.5):
     return torch.cat([mixed, images[m:]]), torch.cat([joined, targets[m:]])
 
 
-def extract_features(net, spec, data, paths, views, args, device, dtype, rank, world):
-    """Frozen tower features of every row, computed once: memmap (views, N, D), float16 where computed in 16 bits; view
-    1 is the mirror image. Cached by tower, weights, transform and data. Whole batches are shared out over the
-    processes, so their number changes no byte."""
-    digest = hashlib.sha256(json.dumps([spec, data, len(paths), views, str(dtype)], sort_keys=True).encode())
+def features_file(net, spec, data, n, views, args):
+    """Where the features of n pictures lie: a name made of the tower, its weights, its transform and the data."""
+    digest = hashlib.sha256(json.dumps([spec, data, n, views, args.precision], sort_keys=True).encode())
     for name, tensor in sorted(net.tower.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
-    file = Path(args.out).parent / f".features/{digest.hexdigest()[:32]}.npy"
-    if not file.is_file():
-        # cast once, not by autocast at every batch; BatchNorm statistics do not survive 16 bits
-        tower = copy.deepcopy(net.tower).to(device, dtype, memory_format=torch.channels_last).eval()
-        for layer in tower.modules():
-            if isinstance(layer, _BatchNorm):
-                layer.float()
-        if args.compile:
-            tower.compile()
-        starts = range(0, len(paths), args.batch_size)
-        rows = [list(range(i, min(i + args.batch_size, len(paths)))) for i in starts][rank::world]
-        loader = make_loader(Pictures(paths, spec), rows, args, device)
-        store = np.float32 if dtype == torch.float32 else np.float16
-        part = file.with_suffix(".part")
-        if rank == 0:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            shape = views, len(paths), next(net.head.parameters()).shape[1]
-            np.lib.format.open_memmap(part, "w+", store, shape).flush()
-        wait(world)
-        out = np.load(part, mmap_mode="r+")
-        with torch.inference_mode():
-            for i, x in zip(tqdm(rows, desc="features", unit="batch", disable=rank > 0), loader):
-                x = net.pixels(x.to(device, non_blocking=True)).to(dtype, memory_format=torch.channels_last)
-                for view in range(views):
-                    features = tower(x.flip(-1) if view else x).float().cpu().numpy().astype(store)
-                    finite = np.isfinite(features).all(1)
-                    if not finite.all():
-                        sys.exit(f"{paths[i[int(np.argmin(finite))]]}: its features are not finite; "
-                                 "wrong --pretrained? else try --precision fp32")
-                    out[view, i] = features
-        out.flush()
-        wait(world)
-        if rank == 0:
-            os.replace(part, file)
-        wait(world)
+    return Path(args.out).parent / f".features/{digest.hexdigest()[:32]}.npy"
+
+
+def extract_features(net, file, paths, views, args, device, rank=0, world=1):
+    """Frozen tower features of every picture, computed once -> memmap (views, N, D), float16 where computed in 16 bits;
+    view 1 is the mirror image. Whole batches are shared out over the processes, so their number changes no byte. What a
+    killed run had done is not done again: the file .done has a byte per picture, set when its features are on disk."""
+    with suppress(OSError, ValueError, EOFError):  # not there, or cut short
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    dtype, n = DTYPES[args.precision], len(paths)
+    # cast once, not by autocast at every batch; BatchNorm statistics do not survive 16 bits
+    tower = copy.deepcopy(net.tower).to(device, dtype, memory_format=torch.channels_last).eval()
+    for layer in tower.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.float()
+    if args.compile:
+        tower.compile()
+
+    # written beside, under the name of this run: another run may be making the same file
+    part, done = (file.with_suffix(f".{Path(args.out).name}.{end}") for end in ("part", "done"))
+    store = np.dtype(np.float32 if dtype == torch.float32 else np.float16)
+    row_bytes = net.features * store.itemsize
+    header = {"descr": store.str, "fortran_order": False, "shape": (views, n, net.features)}
+    if rank == 0 and not (part.is_file() and done.is_file() and done.stat().st_size == n):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        done.write_bytes(bytes(n))
+        with open(part, "wb") as f:
+            np.lib.format.write_array_header_1_0(f, header)
+            f.truncate(f.tell() + views * n * row_bytes)
+    wait(world)
+    have = np.fromfile(done, np.uint8)
+    batches = [b.tolist() for b in torch.arange(n).split(args.batch_size)][rank::world]
+    todo = [b for b in batches if not have[b].all()]
+    loader, pending, synced = make_loader(Pictures(paths, net.spec), args, device, batch_sampler=todo), [], time.time()
+    with open(part, "r+b") as out, open(done, "r+b") as marks, torch.inference_mode():
+        start = os.path.getsize(part) - views * n * row_bytes
+        bar = tqdm(zip(todo, loader), "features", len(batches), initial=len(batches) - len(todo), unit="batch",
+                   disable=rank > 0)
+        for rows, x in bar:
+            x = net.pixels(x.to(device, non_blocking=True)).to(dtype, memory_format=torch.channels_last)
+            for view in range(views):
+                features = tower(x.flip(-1) if view else x).float().cpu().numpy().astype(store)
+                finite = np.isfinite(features).all(1)
+                if not finite.all():
+                    sys.exit(f"{paths[rows[int(np.argmin(finite))]]}: its features are not finite; "
+                             "wrong --pretrained? else try --precision fp32")
+                out.seek(start + (view * n + rows[0]) * row_bytes)
+                out.write(features.tobytes())
+            pending.append(rows)
+            if time.time() - synced > 10 or rows is todo[-1]:
+                out.flush()
+                os.fsync(out.fileno())
+                for rows in pending:
+                    marks.seek(rows[0])
+                    marks.write(b"\1" * len(rows))
+                marks.flush()
+                pending, synced = [], time.time()
+    wait(world)
+    if rank == 0:
+        os.replace(part, file)
+        done.unlink()
+    wait(world)
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
@@ -580,6 +618,15 @@ def ema_at(step, decay):
     return min(decay, (1 + step) / (10 + step))
 
 
+def update_ema(ema, net, step, decay):
+    """What AveragedModel of torch.optim.swa_utils does, which would have the GPU wait for its counter at every step.
+    Buffers are copied."""
+    average, params = get_ema_multi_avg_fn(ema_at(step, decay)), [list(m.parameters()) for m in (ema, net)]
+    average(*params, None)
+    for mine, new in zip(ema.buffers(), net.buffers()):
+        mine.copy_(new)
+
+
 def wise(start, trained, alpha):
     """WiSE-FT (arXiv 2109.01903): (1 - alpha) start + alpha trained, of two states of a net; counters as trained."""
     return {k: torch.lerp(start[k], v, alpha) if v.is_floating_point() else v for k, v in trained.items()}
@@ -614,22 +661,36 @@ def wait(world):
         dist.barrier()
 
 
-def mean_of(parts, world, device):
-    """Mean of all the numbers in a list of vectors, over all processes; the list of one process may be empty."""
-    total = torch.cat(parts).double().sum().item() if parts else 0.0
-    x = torch.tensor([total, sum(map(len, parts))], dtype=torch.float64, device=device)
-    if world > 1:
-        dist.all_reduce(x)
-    total, n = x.tolist()
+def over_all(x, op=dist.ReduceOp.SUM):
+    """A tensor, reduced over all processes -> list."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x.tolist()
+
+
+def gather(x):
+    """What every process has, as a list; rank 0's first."""
+    if not dist.is_initialized():
+        return [x]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+def tally(cos):
+    """Cosines (B,) -> their sum and number. Sums of these over batches and processes give the exact mean."""
+    return torch.stack([cos, torch.ones_like(cos)]).double().sum(1)
+
+
+def evaluate(net, batches, autocast, device):
+    """Mean cosine over micro-batches, of which every process has its own; some may have none."""
+    net.eval()
+    seen = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.inference_mode(), autocast():
+        for x, y, *_ in batches:
+            seen += tally(cosine(net(x.to(device, non_blocking=True)), y.to(device, non_blocking=True)))
+    total, n = over_all(seen)
     return total / n
-
-
-def agree(stopping, saving, world):
-    """The largest of every process's flags: all stop after the same step. On the host, so nothing waits for the GPU."""
-    flags = torch.tensor([stopping, saving], dtype=torch.int64)
-    if world > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return flags.tolist()
 
 
 def memory(device):
@@ -639,77 +700,88 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def check_finite(recent, names, world):
+# ------------------------------------------------------------------------------------------------------------- watching
+
+def check_finite(recent, names, scaler):
     """recent: [(step, rows, cosines, gradient norm), ...] since the last look. Exits on every process, with the first
     bad step and its pictures. Looks are rare because they wait for the device; the optimiser has skipped a bad step by
     itself, so nothing is lost in between."""
     bad = []
     for step, rows, cos, norm in recent:
-        finite = torch.isfinite(cos)
-        if not (finite.all() and torch.isfinite(norm)):
-            bad.append((step, [names[i] for i in rows[~finite.cpu()].tolist()]))
-    if world > 1:
-        found = [None] * world
-        dist.all_gather_object(found, bad)
-        bad = sum(found, [])
+        pictures = [names[i] for i in rows[~torch.isfinite(cos).cpu()].tolist()]
+        if pictures or not torch.isfinite(norm):
+            bad.append((step, pictures))
+    bad = sum(gather(bad), [])
     if bad:
         step = min(bad)[0]
         ids = sorted({i for s, pictures in bad if s == step for i in pictures})
-        what = "the gradient is not finite, though every loss is"
-        if ids:
-            what = f"the loss of {', '.join(ids[:8])} is not finite"
-        sys.exit(f"step {step}: {what}; stopped before the update, and the checkpoints on disk are good. "
-                 "Mend the data, lower --lr, or try --precision fp32; then --resume")
+        what = f"the loss of {', '.join(ids[:8])}" if ids else "the gradient, though no loss,"
+        sys.exit(f"step {step}: {what} is not finite; stopped before the update, and the checkpoints on disk are good. "
+                 "Mend the data, or start again (--overwrite) with a lower --lr or --precision fp32")
+    if scaler.is_enabled() and scaler.get_scale() < 2 ** -10:  # it halves at every step that it skips
+        sys.exit(f"step {recent[-1][0]}: the gradient overflows float16 at any scale, so no step is taken any more; "
+                 "start again (--overwrite) with --precision fp32, or amp_bf16 where the hardware has it")
+
+
+def log_line(step, total, row, val, eta):
+    """A row of metrics.jsonl for people; eta in seconds."""
+    slow = " (raise --workers)" if row["data_wait"] > 0.2 else ""
+    return (f"step {step:,} ({step / total:.0%}) · loss {1 - row['train_cosine']:.4f} · val {val:.4f} · "
+            f"lr {row['lr']:.2e} · grad {row['grad_norm']:.2f} · {row['images_per_s']:.0f} images/s · "
+            f"data wait {row['data_wait']:.0%}{slow} · {row['memory_gib']:.1f} GiB · ETA {eta / 60:.1f} min")
 
 
 def cut_log(file, step):
-    """Drop the rows of metrics.jsonl after a step."""
-    kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= step]
+    """Drop what --resume will write again: rows after a step, the last word of a run, a torn last line."""
+    kept = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            kept += [line + "\n"] if row["step"] <= step and "done" not in row else []
     with atomic(file, "w") as f:
-        f.write("".join(f"{line}\n" for line in kept))
+        f.writelines(kept)
 
 
 def draw_curve(file, out, baseline):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which wants a display and keeps every figure
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    fig, ax = plt.subplots(figsize=(7, 4))
+    fig = Figure(figsize=(7, 4), layout="tight")
+    ax = fig.subplots()
     for key, style in (("train_cosine", {"alpha": .5}), ("val_cosine", {"marker": "."})):
         points = [(r["step"], r[key]) for r in rows if key in r]
         if points:
             ax.plot(*zip(*points), label=key.replace("_", " "), **style)
     ax.axhline(baseline, color="gray", ls="--", label="mean vector")
-    ax.set_xlabel("step")
-    ax.set_ylabel("mean cosine")
+    ax.set(xlabel="step", ylabel="mean cosine")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
     with atomic(out) as f:
         fig.savefig(f, format="png", dpi=120)
-    plt.close(fig)
 
 
-def open_report(name, folder, args):
-    """--report-to -> a function that takes a row of metrics.jsonl. The package is imported here, when it is wanted."""
+def open_log(file, args, step):
+    """-> a function that appends a row to metrics.jsonl and to what --report-to names, which is imported here."""
+    writer = wandb = None
     try:
-        if name == "tensorboard":
+        if args.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(folder)
-
-            def report(row):
-                for key, value in row.items():
-                    if key != "step":
-                        writer.add_scalar(key, value, row["step"])
-                writer.flush()
-            return report
-        if name == "wandb":
+            writer = SummaryWriter(file.parent, purge_step=step + 1 if step else None)  # a resumed run's are dropped
+        if args.report_to == "wandb":
             import wandb
-            wandb.init(project="image2prompt", dir=folder, name=str(folder), config=vars(args))
-            return lambda row: wandb.log(row, step=row["step"])
+            wandb.init(project="image2prompt", dir=file.parent, name=str(file.parent), config=vars(args))
     except ImportError:
-        sys.exit(f"--report-to {name}: not installed; pip install {name}")
-    return lambda row: None
+        sys.exit(f"--report-to {args.report_to}: not installed; pip install {args.report_to}")
+
+    def note(step, **row):
+        with open(file, "a") as f:
+            f.write(json.dumps({"step": step, **row}) + "\n")
+        if wandb:
+            wandb.log(row, step=step)
+        if writer:
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+    return note
 
 
 def describe(net, groups, spec, args, device, autocast):
@@ -752,133 +824,145 @@ def count(params):
 # ----------------------------------------------------------------------------------------------------------------- main
 
 def parse_args(argv=None):
+    def unset(key):
+        return f"unset = {DEFAULTS['lp'][key]:g} for lp, {DEFAULTS['ft'][key]:g} for ft"
+
     p = argparse.ArgumentParser(description="Train an image tower to predict prompt embeddings, LP-FT.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument("--phase", choices=["lp", "ft"], required=True,
                    help="lp: the head on frozen features; ft: everything, from the lp head")
     p.add_argument("--data", default="data/demo", help="folder written by clean.py")
-    p.add_argument("--out", default=None, help="run folder; unset = runs/ and the name of the data folder")
+    p.add_argument("--out", help="run folder; unset = runs/ and the name of the data folder")
     p.add_argument("--overwrite", action="store_true", help="replace an earlier run of this phase")
     p.add_argument("--resume", action="store_true", help="go on from last.pt")
-    p.add_argument("--init", default=None, metavar="PATH",
-                   help="ft: checkpoint or run to start from; unset = the lp phase of --out, none = a cold start")
+    p.add_argument("--init", metavar="PATH", help="ft: run to start from; unset = lp of --out, none = a cold start")
     p.add_argument("--seed", type=int, default=0, help="of initialisation, data order and augmentation")
-    p.add_argument("--deterministic", action="store_true",
-                   help="bit-exact on a GPU too; slower, and stops where an operation has no deterministic kernel")
+    p.add_argument("--deterministic", action="store_true", help="bit-exact on a GPU too; slower; some models cannot")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
-    p.add_argument("--dry-run", action="store_true",
-                   help="print the model, every group's lr, FLOPs and memory, run one step, write nothing")
+    p.add_argument("--dry-run", action="store_true", help="show lr by group, FLOPs, memory; one step; write nothing")
     g = p.add_argument_group("model (ft takes it from its start)")
-    g.add_argument("--model", default=None, help="open_clip name, timm:NAME, or an open_clip .json; unset = "
-                   "what the data folder recommends (ViT-L-14; the demo: a small one)")
-    g.add_argument("--pretrained", default=None, help="open_clip or timm tag, a weights file, or none; unset = "
-                   "what the data folder recommends (openai)")
-    g.add_argument("--model-kwargs", nargs="*", default=[], metavar="K=V", help="extra arguments of the timm model")
+    g.add_argument("--model", help="open_clip name or .json, or timm:NAME; unset = as the data says (ViT-L-14)")
+    g.add_argument("--pretrained", help="tag, weights file, or none; unset = as the data folder says (openai)")
+    g.add_argument("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="of the timm model")
     g.add_argument("--force-quick-gelu", action="store_true", help="for OpenAI-style weights files without a tag")
     g.add_argument("--proj", action="store_true", help="features after the contrastive projection instead of before")
-    g.add_argument("--image-size", type=int, default=None,
-                   help="pixels; unset = the tower's own; ft may use more than lp")
-    g.add_argument("--image-mean", type=float, nargs=3, default=None, help="unset = the tower's own")
-    g.add_argument("--image-std", type=float, nargs=3, default=None, help="unset = the tower's own")
-    g.add_argument("--head", choices=["linear", "mlp"], default=None,
-                   help="unset = linear; mlp: 1024 --head-width wide, BatchNorm, ReLU")
-    g.add_argument("--head-width", type=int, default=16, help="of the mlp head, in units of 1024")
-    g.add_argument("--head-init", choices=["xavier", "ridge"], default=None,
+    g.add_argument("--image-size", type=int, help="pixels; unset = the tower's own; ft may use more than lp")
+    g.add_argument("--image-mean", type=float, nargs=3, help="unset = the tower's own")
+    g.add_argument("--image-std", type=float, nargs=3, help="unset = the tower's own")
+    g.add_argument("--head", choices=["linear", "mlp"], help="unset = linear; mlp: --head-width wide, BatchNorm, ReLU")
+    g.add_argument("--head-width", type=int, help="of the mlp head, in units of 1024; unset = 16")
+    g.add_argument("--head-init", choices=["xavier", "ridge"],
                    help="lp: ridge, for a linear head, starts from the closed form; unset = ridge where it can be")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=None, help=unset("epochs"))
-    g.add_argument("--batch-size", type=int, default=None,
-                   help=f"of one micro-batch on one device; {unset('batch_size')}")
-    g.add_argument("--accum-freq", type=int, default=1,
-                   help="micro-batches per step; raise it when you lower --batch-size")
-    g.add_argument("--lr", type=float, default=None, help=f"peak learning rate; {unset('lr')}")
+    g.add_argument("--epochs", type=int, help=unset("epochs"))
+    g.add_argument("--batch-size", type=int, help=f"of one micro-batch on one device; {unset('batch_size')}")
+    g.add_argument("--accum-freq", type=int, default=1, help="micro-batches per step; more for a lower --batch-size")
+    g.add_argument("--lr", type=float, help=f"peak learning rate; {unset('lr')}")
     g.add_argument("--wd", type=float, default=0.01, help="weight decay of matrices; biases and norms have none")
-    g.add_argument("--warmup", type=int, default=None, help=f"steps, at most a fifth of the run; {unset('warmup')}")
+    g.add_argument("--warmup", type=int, help=f"steps, at most a fifth of the run; {unset('warmup')}")
     g.add_argument("--grad-clip-norm", type=float, default=1.0, help="0 = off")
-    g.add_argument("--hflip", type=float, default=None, metavar="P",
-                   help=f"probability of a mirror image; {unset('hflip')}")
-    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
-                   help="auto: bf16 where the hardware has it")
-    g.add_argument("--compile", action="store_true",
-                   help="torch.compile, in place; pays off from some hundred steps on")
+    g.add_argument("--hflip", type=float, metavar="P", help=f"probability of a mirror image; {unset('hflip')}")
+    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where hardware has it")
+    g.add_argument("--compile", action="store_true", help="in place; pays off from some hundred steps on")
     g = p.add_argument_group("ft")
-    g.add_argument("--mixgen", type=float, default=None, metavar="FRACTION",
-                   help=f"of a batch that MixGen blends, at most 0.5; {unset('mixgen')}")
-    g.add_argument("--layer-decay", type=float, default=1.0,
-                   help="factor on the lr per block, from the head down; the medals used 0.4 to 0.6")
-    g.add_argument("--unfreeze-from", type=int, default=0, metavar="DEPTH", help="freeze what lies below this depth "
-                   "(0 the stem, then one per block; --dry-run lists them)")
-    g.add_argument("--ema", type=float, default=None, metavar="DECAY", help="average of the weights, validated and "
-                   f"saved too, shorter at the start; 0 = off; {unset('ema')}")
-    g.add_argument("--wise", type=float, default=None, metavar="ALPHA",
-                   help="validate and save (1 - ALPHA) start + ALPHA trained too (WiSE-FT, arXiv 2109.01903)")
-    g.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction, default=None,
+    g.add_argument("--mixgen", type=float, metavar="FRACTION", help=f"of a batch, to blend; {unset('mixgen')}")
+    g.add_argument("--layer-decay", type=float, default=1.0, help="lr factor per block, downwards; medals: 0.4 to 0.6")
+    g.add_argument("--unfreeze-from", type=int, default=0, metavar="DEPTH",
+                   help="freeze what is below: 0 the stem, then one per block; --dry-run lists them")
+    g.add_argument("--ema", type=float, metavar="DECAY", help=f"average the weights too; 0 = off; {unset('ema')}")
+    g.add_argument("--wise", type=float, metavar="ALPHA", help="also (1 - ALPHA) start + ALPHA trained (WiSE-FT)")
+    g.add_argument("--freeze-bn", action=argparse.BooleanOptionalAction,
                    help="keep the tower's BatchNorm statistics; unset = for pretrained towers")
-    g.add_argument("--patch-dropout", type=float, default=0.0, metavar="P",
-                   help="share of the patches left out in training")
+    g.add_argument("--patch-dropout", type=float, default=0.0, metavar="P", help="share of patches to leave out")
     g.add_argument("--grad-checkpointing", action="store_true", help="a third more time, far less memory")
     g = p.add_argument_group("watching")
     g.add_argument("--log-every", type=int, default=20, help="steps")
     g.add_argument("--save-every", type=float, default=5, help="minutes between writes of last.pt")
-    g.add_argument("--report-to", choices=["tensorboard", "wandb"], default=None, help="besides metrics.jsonl")
+    g.add_argument("--report-to", choices=["tensorboard", "wandb"], help="besides metrics.jsonl")
     return p.parse_args(argv)
 
 
-def unset(key):
-    return f"unset = {DEFAULTS['lp'][key]:g} for lp, {DEFAULTS['ft'][key]:g} for ft"
+def prepare(args, summary):
+    """Fills what the command line leaves open, by what the data folder recommends and by DEFAULTS; checks all that is
+    cheap. -> phase folder; what the net comes from: {"tower", "head", ...} of last.pt or of ft's start, or None"""
+    args.out = str(Path(args.out or f"runs/{Path(args.data).resolve().name}"))
+    phase, begin = Path(args.out) / args.phase, None
+    if args.resume and (args.overwrite or args.dry_run):
+        sys.exit(f"--resume {'--overwrite' if args.overwrite else '--dry-run'}: one of them, please")
+    if (phase / "metrics.jsonl").exists() and not (args.overwrite or args.resume or args.dry_run):
+        sys.exit(f"{phase}: a run is already there; --resume it, --overwrite it, or choose another --out")
+    if args.resume and not (phase / "last.pt").is_file():
+        sys.exit(f"{phase}: nothing to resume there (no last.pt)")
+    if args.resume:
+        begin = load_last(phase / "last.pt")
+    elif args.phase == "ft" and args.init != "none":
+        begin = find_start(args, phase, summary)
 
-
-def fill_defaults(args, summary):
-    """Command line > what the data folder recommends > DEFAULTS; then all that is cheap is checked. -> phase folder"""
-    args.asked = args.model
-    advice = summary["recommend"] if args.model in (None, summary["recommend"]["model"]) else {}
-    of_both = {k: v for k, v in advice.items() if not isinstance(v, dict)}
-    for key, value in {**DEFAULTS[args.phase], **of_both, **advice.get(args.phase, {})}.items():
+    # the data folder's advice is for one model
+    advice, fresh = summary["recommend"], args.phase == "lp" or args.init == "none"
+    if (args.model if fresh else begin["tower"]["model"]) not in (None, advice["model"]):
+        advice = {}
+    known = {**DEFAULTS[args.phase], **advice.get(args.phase, {})}
+    if fresh:  # else the start says what tower it is
+        known |= {"pretrained": "openai", **{k: v for k, v in advice.items() if not isinstance(v, dict)}}
+    for key, value in known.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    args.pretrained = args.pretrained or "openai"
-    args.out = str(Path(args.out or f"runs/{Path(args.data).resolve().name}"))
-    for key, low, high in (("mixgen", 0, 0.5), ("hflip", 0, 1), ("layer_decay", 1e-6, 1), ("ema", 0, 0.999999),
-                           ("patch_dropout", 0, 0.99), ("wise", 0, 1)):
-        value = getattr(args, key)
-        if value is not None and not low <= value <= high:
-            why = " (arXiv 2206.08358: M <= B/2)" if key == "mixgen" else ""
-            sys.exit(f"{flag(key)} {value}: must be in [{low}, {high}]{why}")
-    for key, low in (("batch_size", 2), ("epochs", 1), ("accum_freq", 1), ("workers", 0), ("seed", 0), ("warmup", 0),
-                     ("log_every", 1), ("head_width", 1), ("image_size", 1)):
-        value = getattr(args, key)
-        if value is not None and value < low:
-            sys.exit(f"{flag(key)} {value}: must be at least {low}")
-    if not 0 < args.lr < math.inf:
-        sys.exit(f"--lr {args.lr}: must be above 0")
+
+    for low, high, keys in ((0, 1, "hflip wise"), (0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0, 0.999999, "ema"),
+                            (0, 0.99, "patch_dropout"), (1e-12, 1e6, "lr"),
+                            (0, 1e12, "workers seed warmup wd grad_clip_norm save_every"),
+                            (1, 1e12, "epochs accum_freq log_every head_width image_size"), (2, 1e12, "batch_size")):
+        for key in keys.split():
+            value = getattr(args, key)
+            if value is not None and not low <= value <= high:
+                sys.exit(f"{flag(key)} {value}: must be in [{low}, {high:g}]")
+    mixed = args.mixgen * args.batch_size
+    if abs(mixed - round(mixed)) > 1e-6:
+        sys.exit(f"--mixgen {args.mixgen}: blends {mixed:g} of a --batch-size of {args.batch_size}; must be whole")
     if args.head_init == "ridge" and (args.phase == "ft" or args.head == "mlp"):
         sys.exit("--head-init ridge: is for --phase lp with --head linear")
     args.head_init = args.head_init or ("ridge" if args.phase == "lp" and args.head != "mlp" else "xavier")
-    phase = Path(args.out) / args.phase
-    if (phase / "metrics.jsonl").exists() and not (args.overwrite or args.resume or args.dry_run):
-        sys.exit(f"{phase}: a run is already there; --resume it, --overwrite it, or choose another --out")
-    if args.resume and args.overwrite:
-        sys.exit("--resume --overwrite: one of them, please; --overwrite starts again")
-    if args.resume and not (phase / "last.pt").is_file():
-        sys.exit(f"{phase}: nothing to resume there (no last.pt)")
-    return phase
+    return phase, begin
+
+
+def find_start(args, phase, summary):
+    """The checkpoint that ft starts from -> its metadata, and its "path". It says what is trained: flags that say
+    otherwise are an error, and so are other targets."""
+    if not args.init and not (Path(args.out) / "lp/best.safetensors").is_file():
+        sys.exit(f"{args.out}/lp: no lp phase to start from; run: python train.py --phase lp --data {args.data} "
+                 f"--out {args.out}  (or --init PATH)")
+    path = find_checkpoint(args.init or Path(args.out) / "lp")
+    if args.overwrite and path.resolve().parent == phase.resolve():
+        sys.exit(f"--init {args.init}: is what --overwrite would delete; choose another --out")
+    meta = load_meta(path)
+    if meta["text_model"] != summary["text_model"]:
+        sys.exit(f"{path}: was trained for {meta['text_model'].get('name')} targets, "
+                 f"but {args.data} has {summary['text_model']['name']}")
+    tower, head = meta["tower"], meta["head"]
+    told = {"model": tower["model"], "pretrained": tower.get("pretrained"), "proj": tower.get("proj"),
+            "model_kwargs": list(tower["kwargs"].items()), "force_quick_gelu": tower.get("quick_gelu"),
+            "image_mean": tower.get("mean"), "image_std": tower.get("std"),
+            "head": head.get("head"), "head_width": head.get("width")}
+    wrong = [flag(k) for k, v in told.items() if getattr(args, k) not in (None, False, [], v)]
+    if wrong:
+        sys.exit(f"{path}: holds {tower['model']} with a {head.get('head')} head; leave {' '.join(wrong)} out, "
+                 "or train that lp first")
+    return {**meta, "path": path}
 
 
 def flag(key):
     return f"--{key.replace('_', '-')}"
 
 
-def load_last(path, args, same):
-    """last.pt -> dict. Refuses one that is damaged or of other settings, other data or other processes (`same`)."""
+def load_last(path):
+    """last.pt -> dict of tensors and plain values; one that cannot be read ends in one line."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        changed = [f"{flag(k)} {v}" for k, v in state["args"].items() if k not in FREE and getattr(args, k, None) != v]
-        changed += [f"{k} {v}" for k, v in state["same"].items() if same[k] != v]
+        state["tower"]["model"], state["settings"].items(), state["net"].items()  # what other files have not
+        return state
     except Exception as e:
         sys.exit(f"{path}: not a readable checkpoint ({brief(e)}); start again with --overwrite")
-    if changed:
-        sys.exit(f"{path}: was made with other settings: {', '.join(changed)}")
-    return state
 
 
 def pick_device(args):
@@ -900,249 +984,214 @@ def pick_device(args):
     return device, rank, world
 
 
-def start_net(args, summary, dim):
-    """-> the Net that training starts from, spec of its tower, arguments of its head. lp builds one, ft loads one."""
-    if args.phase == "lp" or args.init == "none":
-        tower, spec = make_tower(args)
-        head = {"head": args.head or "linear", "width": args.head_width, "dim": dim}
-        return Net(tower, spec, **head), spec, head
-    start = args.init or Path(args.out) / "lp"
-    if not args.init and not (start / "best.safetensors").is_file():
-        sys.exit(f"{start}: no lp phase to start from; run: python train.py --phase lp --data {args.data} "
-                 f"--out {args.out}  (or --init PATH)")
-    net, meta = load_net(start, args.image_size)
-    spec, head = meta["tower"], meta["head"]
-    if meta["text_model"] != summary["text_model"]:
-        sys.exit(f"{start}: was trained for {meta['text_model']['name']} targets, "
-                 f"but {args.data} has {summary['text_model']['name']}")
-    if args.asked not in (None, spec["model"]) or args.head not in (None, head["head"]):
-        sys.exit(f"{start}: holds {spec['model']} with a {head['head']} head; "
-                 "leave --model and --head out, or train that lp first")
-    return net, spec, head
+def start_net(args, begin, dim):
+    """-> the Net that training starts from, arguments of its head. lp builds it from the command line, ft loads it."""
+    if args.phase == "ft" and args.resume:  # its weights come with the rest of last.pt
+        return Net(build_tower(begin["tower"]), begin["tower"], **begin["head"]), begin["head"]
+    if begin and args.phase == "ft":
+        return load_net(begin["path"], args.image_size)[0], begin["head"]
+    tower, spec = make_tower(args)
+    head = {"head": args.head or "linear", "width": args.head_width or 16, "dim": dim}
+    try:
+        return Net(tower, spec, **head), head
+    except Exception as e:  # a size that the tower cannot take, and whatever else stands in somebody's description
+        sys.exit(f"--model {args.model}: cannot be used at {spec['image_size']} px ({type(e).__name__}: {brief(e)})")
 
 
 def resume_command(world):
-    start = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
-    return " ".join([start, *(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"])
+    words = shlex.join([*(a for a in sys.argv if a not in ("--overwrite", "--resume")), "--resume"])
+    return f"the same torchrun command and {words}" if world > 1 else f"python {words}"
 
 
 def main():
     args = parse_args()
     pairs, targets, summary = read_data(args.data)
-    phase = fill_defaults(args, summary)
+    phase, begin = prepare(args, summary)
     lp = args.phase == "lp"
     if pairs["image"].null_count():
         sys.exit(f"{args.data}: has no images (made with --text-only)")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that half-written files go away
     device, rank, world = pick_device(args)
     torch.manual_seed(args.seed)
-    if args.overwrite and rank == 0 and not args.dry_run:
-        shutil.rmtree(phase, ignore_errors=True)
 
     # rows: order in the arrays is the order of pairs.parquet, without the guard rows
     used = np.flatnonzero(pairs["split"].to_numpy() != "guard")
     pairs, targets = pairs[used], np.array(targets[used])
-    split, names, prompts = pairs["split"].to_numpy(), pairs["image"].to_list(), pairs["prompt"].to_list()
-    train = np.flatnonzero(split == "train")
+    split, prompts = pairs["split"].to_numpy(), pairs["prompt"].to_list()
+    paths = [str(Path(args.data) / name) for name in pairs["image"]]
+    train_rows = np.flatnonzero(split == "train")
     held = {s: np.flatnonzero(split == s) for s in ("val", "ood") if (split == s).any()}
     batch = args.batch_size * args.accum_freq * (1 if lp else world)  # lp trains on one process
-    if len(train) < batch or "val" not in held:
-        sys.exit(f"{args.data}: {len(train)} training and {len(held.get('val', []))} validation rows; "
+    if len(train_rows) < batch or "val" not in held:
+        sys.exit(f"{args.data}: {len(train_rows)} training and {len(held.get('val', []))} validation rows; "
                  f"need at least {batch} (--batch-size times --accum-freq times processes) and 1")
-    mean = torch.from_numpy(targets[train].mean(0))
-    baseline = {s: cosine(F.normalize(mean, dim=0), torch.from_numpy(targets[rows])).mean().item()
-                for s, rows in held.items()}
+    if not all(np.isfinite(targets[rows]).all() for rows in held.values()):
+        sys.exit(f"{args.data}: has targets that are not finite; make it again with clean.py --overwrite")
+    mean = targets[train_rows].mean(0)
+    baseline = {s: float((targets[rows] @ mean).mean() / np.linalg.norm(mean)) for s, rows in held.items()}
+    per_epoch = len(train_rows) // batch
+    total = args.epochs * per_epoch
+    warmup = min(args.warmup, total // 5)
 
-    # the net; trained: the part of it that changes
-    net, spec, head = start_net(args, summary, targets.shape[1])
+    # the net; trained: the part of it that changes; models: the weights that are validated
+    net, head = start_net(args, begin, targets.shape[1])
+    spec = net.spec
     autocast, scaler, args.precision = pick_precision(args.precision, device, net.tower)
     meta = {"format": FORMAT, "phase": args.phase, "tower": spec, "head": head, "text_model": summary["text_model"],
             "data": args.data, "data_hashes": summary["hashes"], "baseline": baseline["val"],
             "n_val": len(held["val"]), "mean_target": mean.tolist(), "seed": args.seed}
-    net.to(device, memory_format=torch.channels_last)
+    same = {"processes": 1 if lp else world, "data": summary["hashes"]}  # what, besides flags, may not change on resume
     groups = param_groups(net, args.lr, args.wd, args.layer_decay, args.unfreeze_from, head_only=lp)
     params = [p for g in groups for p in g["params"]]
-    trained, forward = net.head if lp else net, net
-    paths = [str(Path(args.data) / n) for n in names]
-    ema, start_state, encoder = None, None, None
+    # a pretrained tower's BatchNorm keeps its statistics: the README has the evidence
+    freeze_bn = lp or (spec["pretrained"] != "none" if args.freeze_bn is None else args.freeze_bn)
+    if world > 1 and device.type == "cuda" and not freeze_bn:
+        from timm.layers import convert_sync_batchnorm
+        net.tower = convert_sync_batchnorm(net.tower)
+    norms = [m for m in net.tower.modules() if isinstance(m, _BatchNorm)]
+    net.frozen = list(net.tower.modules()) if lp else [m for m in norms if freeze_bn or not m.weight.requires_grad]
+    net.to(device, memory_format=torch.channels_last)
+    trained, forward, models, ema, start, step = net.head if lp else net, net, {"raw": net}, None, None, 0
 
     if lp:  # on cached features, from here on as one process
+        views = 1 + (args.hflip > 0)
+        file = features_file(net, spec, summary["hashes"], len(paths), views, args)
+        same["features"] = file.stem
         if args.dry_run:
-            features = np.zeros((2, len(paths), next(net.head.parameters()).shape[1]), np.float32)
+            features = np.zeros((views, len(paths), net.features), np.float32)
         else:
-            views = 1 + (args.hflip > 0)
-            features = extract_features(net, spec, summary["hashes"], paths, views, args, device,
-                                        DTYPES[args.precision], rank, world)
+            features = extract_features(net, file, paths, views, args, device, rank, world)
         if world > 1:
             dist.destroy_process_group()
         if rank > 0:
             return
         world = 1
         if args.head_init == "ridge" and not (args.resume or args.dry_run):
-            start_from_ridge(net.head, features, targets, train, held["val"])
+            start_from_ridge(net.head, features, targets, train_rows, held["val"])
     else:  # on pictures
-        dataset = TrainPairs(Pictures(paths, spec), targets, prompts)
+        pictures, tokenize = Pictures(paths, spec), None
         if args.mixgen > 0:
-            encoder = load_encoder(summary["text_model"]["name"], device)[0]
+            encoder, text_model = load_encoder(summary["text_model"]["name"], device)
+            if text_model != summary["text_model"]:
+                sys.exit(f"--mixgen: {text_model['name']} is not the encoder that made the targets of {args.data}")
+            tokenize = partial(encoder.tokenizer, padding=True, truncation=True, max_length=encoder.max_seq_length,
+                               return_tensors="pt")
         if args.patch_dropout:
             drop_patches(net.tower, args.patch_dropout)
         if args.grad_checkpointing:
-            net.tower.set_grad_checkpointing(True)
+            checkpoint_gradients(net.tower, trained_bn=len(norms) > len(net.frozen))
         if args.wise is not None:
-            start_state = snapshot(net)
+            models["wise"], start = copy.deepcopy(net), begin["start"] if args.resume else net.state_dict()
+            start = {k: v.to(device, copy=True) for k, v in start.items()}
         if args.ema:
-            def average(means, new, _):
-                torch._foreach_lerp_(means, new, 1 - ema_at(step, args.ema))
-            ema = AveragedModel(net, multi_avg_fn=average)
+            models["ema"] = ema = copy.deepcopy(net).requires_grad_(False)
         if args.compile:
             net.compile()  # in place: wrapping would rename every key of the checkpoint
         if world > 1:
             gpus = [device.index] if device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(net, device_ids=gpus)
-    if args.dry_run and rank == 0:
-        describe(net, groups, spec, args, device, autocast)
+
+    levels = "; ".join(f"{s}: n = {len(held[s])}, mean vector {baseline[s]:.4f}" for s in held)
+    if rank == 0:
+        act = "" if "quick_gelu" not in spec else ", QuickGELU" if spec["quick_gelu"] else ", GELU"
+        print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{act}), {spec['image_size']} px, "
+              f"{head['head']} head, {count(params):,} parameters trained, {len(train_rows):,} train rows, "
+              f"{total:,} steps of {batch} on {world} x {device.type}, {args.precision}\n{levels}", flush=True)
+        if args.dry_run:
+            describe(net, groups, spec, args, device, autocast)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    per_epoch = len(train) // batch
-    total = args.epochs * per_epoch
-    warmup = min(args.warmup, total // 5)
 
-    # a resumed run is the same run. best: {kind of weights: val cosine}; seen: cosines since the last log line
-    log, step, best, best_head, seen = phase / "metrics.jsonl", 0, {}, {}, []
-    same = {"processes": world, "data": summary["hashes"]}
+    # a resumed run is the same run. best: {kind of weights: val cosine}; seen: sum and number of cosines since the
+    # last log line; recent: what check_finite has not seen
+    log, best, best_head, recent = phase / "metrics.jsonl", {}, {}, []
+    seen, score = torch.zeros(2, dtype=torch.float64, device=device), math.nan
+    settings = {**{flag(k): v for k, v in vars(args).items() if k not in FREE}, **same}
     if args.resume:
-        state = load_last(phase / "last.pt", args, same)
-        trained.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if ema:
-            ema.load_state_dict(state["ema"])
-        step, best, best_head = state["step"], state["best"], state["best_head"] or {}
-        seen = [x.to(device) for x in state["seen"]]
-        if rank == 0:
-            cut_log(log, step)
-
-    def save():
-        """What --resume needs. lp validates too often to write a whole net each time: its best is written here too."""
-        with atomic(phase / "last.pt") as f:
-            torch.save({"net": trained.state_dict(), "ema": ema and ema.state_dict(), "step": step, "best": best,
-                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                        "best_head": best_head or None, "seen": [x.cpu() for x in seen],
-                        "args": vars(args), "same": same}, f)
-        if lp:
-            latest = snapshot(net.head)
-            net.head.load_state_dict(best_head["state"])
-            save_net(net, best_head["about"], phase / "best.safetensors")
-            net.head.load_state_dict(latest)
-
-    def note(**row):
-        if rank == 0:
-            with open(log, "a") as f:
-                f.write(json.dumps(row) + "\n")
-            report(row)
+        changed = [f"{k} {v}" for k, v in begin["settings"].items() if settings.get(k) != v]
+        if changed:
+            sys.exit(f"{phase}/last.pt: was made with other settings: {', '.join(changed)}")
+        for name, part in (("net", trained), ("optimizer", optimizer), ("scaler", scaler), ("ema", ema)):
+            if part:
+                part.load_state_dict(begin[name])
+        step, best, best_head, score = (begin[k] for k in ("step", "best", "best_head", "score"))
+        seen = begin["seen"][rank].to(device)
+    note = lambda step, **row: None  # noqa: E731
+    if rank == 0 and not args.dry_run:
+        phase.mkdir(parents=True, exist_ok=True)
+        for old in phase.glob("*" if args.overwrite else ".*.tmp"):  # only now, when nothing can be wrong any more
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        cut_log(log, step)
+        note = open_log(log, args, step)
 
     def load(plan, mixed=0):
         """A plan's micro-batches: x (features in lp, pictures in ft), targets, flips, MixGen's tokens or None, rows."""
         if lp:
             return load_features(plan, features, targets)
-        tokenize = encoder and partial(encoder.tokenizer, padding=True, truncation=True,
-                                       max_length=encoder.max_seq_length, return_tensors="pt")
-        return make_loader(dataset, plan, args, device, collate_fn=partial(collate, mixed=mixed, tokenize=tokenize))
-
-    def put(x):
-        return x.to(device, non_blocking=True)
-
-    # a pretrained tower's BatchNorm keeps its statistics: the README has the evidence
-    freeze_bn = spec["pretrained"] != "none" if args.freeze_bn is None else args.freeze_bn
-
-    def train_mode():
-        net.train()
-        for layer in net.tower.modules():
-            if lp or freeze_bn and isinstance(layer, _BatchNorm):
-                layer.eval()
-
-    def evaluate(model):
-        """-> {split: mean cosine}, rows shared out over the processes."""
-        model.eval()
-        scores = {}
-        for name, rows in held.items():
-            mine = [(i, 0) for i in rows[rank::world].tolist()]
-            chunks = [mine[at:at + args.batch_size] for at in range(0, len(mine), args.batch_size)]
-            cos = []
-            with torch.inference_mode(), autocast():
-                for x, y, *_ in load(chunks):
-                    predicted = model.embed(put(x)) if lp else model(put(x))
-                    cos.append(cosine(predicted, put(y)))
-            scores[name] = mean_of(cos, world, device)
-        return scores
-
-    def candidates():
-        """The weights that are validated, one after the other: as trained, WiSE-FT, EMA."""
-        yield "raw", net
-        if start_state:
-            latest = snapshot(net)
-            net.load_state_dict(wise(start_state, latest, args.wise))
-            yield "wise", net
-            net.load_state_dict(latest)
-        if ema:
-            yield "ema", ema.module
+        return make_loader(Batches(pictures, targets, prompts, mixed, tokenize), args, device, batch_size=None,
+                           sampler=plan)
 
     def validate():
-        """Score every candidate, keep those that are the best of their kind so far. -> val cosine of the raw weights"""
-        nonlocal drawn
-        row = {"step": step, "epoch": round(step / per_epoch, 3)}
-        for kind, model in candidates():
-            scores = {f"{split}_cosine": score for split, score in evaluate(model).items()}
+        """Score every kind of weights, keep those that are the best of their kind so far. -> val cosine of the raw"""
+        row = {}
+        for kind, model in models.items():
+            if kind == "wise":
+                model.load_state_dict(wise(start, net.state_dict(), args.wise))
+            for buffer in model.buffers() if world > 1 else ():  # else each process scores, and rank 0 saves, its own
+                dist.broadcast(buffer, 0)
+            scores = {f"{s}_cosine": evaluate(model, load(in_order(rows[rank::world], args.batch_size)), autocast,
+                                              device) for s, rows in held.items()}
+            if not all(map(math.isfinite, scores.values())):
+                sys.exit(f"step {step}: validation ({kind} weights) is not finite, {scores}; try --precision fp32")
             row |= {k if kind == "raw" else f"{k}_{kind}": v for k, v in scores.items()}
-            if scores["val_cosine"] > best.get(kind, -1.0):  # strictly better, and never NaN; ood is only looked at
-                best_of_all = scores["val_cosine"] > max(best.values(), default=-1.0)
+            top = max(best.values(), default=-math.inf)
+            if scores["val_cosine"] > best.get(kind, -math.inf):  # strictly better; ood is only looked at
                 best[kind] = scores["val_cosine"]
                 about = {**meta, "weights": kind, "step": step, **scores}
                 if lp:
-                    best_head.update(state=snapshot(net.head), about=about)
+                    best_head.update(state=copy.deepcopy(net.head.state_dict()), about=about)
                 elif rank == 0:
-                    if best_of_all:
-                        save_net(model, about, phase / "best.safetensors")
-                    if start_state or ema:
-                        save_net(model, about, phase / f"best-{kind}.safetensors")
-        train_mode()
-        note(**row)
-        due = time.time() - drawn > 3 or step == total  # lp epochs take a moment: not each is worth line and picture
-        if rank == 0 and (due or not lp):
-            scores = " · ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if "cosine" in k)
-            print(f"step {step:,} ({step / total:.0%}) · {scores} · best {max(best.values(), default=-1):.4f} "
-                  f"({levels})", flush=True)
-        if rank == 0 and due:
+                    for name in ["best"] * (best[kind] > top) + [f"best-{kind}"] * (len(models) > 1):
+                        save_net(model, about, phase / f"{name}.safetensors")
+        net.train()
+        note(step, epoch=round(step / per_epoch, 3), **row)
+        # lp epochs take a moment: a tenth of them is worth a line and a picture
+        if rank == 0 and (not lp or step == total or step // per_epoch % -(-args.epochs // 10) == 0):
+            scores = " · ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items())
+            print(f"step {step:,} ({step / total:.0%}) · {scores} · best {max(best.values()):.4f} ({levels})",
+                  flush=True)
             draw_curve(log, phase / "curve.png", baseline["val"])
-            drawn = time.time()
         return row["val_cosine"]
 
-    stop = []
+    def save():
+        """What --resume needs. lp validates too often to write a whole net each time: its best is written here too."""
+        every_seen = gather(seen.cpu())
+        if rank == 0:
+            with atomic(phase / "last.pt") as f:
+                torch.save({"net": trained.state_dict(), "ema": ema and ema.state_dict(), "start": start,
+                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "step": step,
+                            "best": best, "best_head": best_head, "seen": every_seen, "score": score,
+                            "tower": spec, "head": head, "settings": settings}, f)
+            if lp:
+                save_net(net, best_head["about"], phase / "best.safetensors", best_head["state"])
+        wait(world)  # torchrun kills the process that still writes when another has left
+
+    put = partial(torch.Tensor.to, device=device, non_blocking=True)
+    stop, stopping = [], 0
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: stop.append(number))  # finish the step, save, say how to go on
-    levels = "; ".join(f"{s}: n = {len(held[s])}, mean vector {baseline[s]:.4f}" for s in held)
-    if rank == 0:
-        act = "" if "quick_gelu" not in spec else ", QuickGELU" if spec["quick_gelu"] else ", GELU"
-        many = f" on {world} processes" if world > 1 else ""
-        print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{act}), {spec['image_size']} px, "
-              f"{head['head']} head, {count(params):,} parameters trained, {len(train):,} train rows, "
-              f"{total:,} steps of {batch}{many}, {args.precision} on {device.type}\n{levels}", flush=True)
-        if not args.dry_run:
-            phase.mkdir(parents=True, exist_ok=True)
-    report = open_report(args.report_to if rank == 0 and not args.dry_run else None, phase, args)
-    drawn, score = 0.0, float("nan")
-    train_mode()
+    net.train()
     if step == 0 and not args.dry_run:
         score = validate()  # ft starts at the lp score
-    source = iter(load(plan(train, len(names), batch, args, rank, step), mixed=int(args.mixgen * args.batch_size)))
+    source = iter(load(plan(train_rows, len(paths), batch, args, rank, step), round(args.mixgen * args.batch_size)))
     began = saved = clock = time.perf_counter()
-    waited, logged, recent = 0.0, step, []
+    waited, logged = 0.0, step
 
-    while step < total:
+    while step < total and not stopping:
         torch.manual_seed(seed_at(args.seed, step, rank))
         factor = lr_at(step, total, warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         rows, cosines = [], []
         for micro in range(1, args.accum_freq + 1):
             asked = time.perf_counter()
@@ -1151,16 +1200,14 @@ def main():
             x, y = put(x), put(y)
             with forward.no_sync() if world > 1 and micro < args.accum_freq else nullcontext():
                 with autocast():
-                    if lp:
-                        cos = cosine(net.embed(x), y)
-                    else:
+                    if not lp:
                         x = net.pixels(x)
                         x = torch.where(put(flip)[:, None, None, None], x.flip(-1), x)
-                        if tokens:
-                            with torch.no_grad():
-                                joined = encoder({k: put(v) for k, v in tokens.items()})["sentence_embedding"]
-                            x, y = mixgen(x, y, F.normalize(joined.float(), dim=-1))
-                        cos = cosine(forward(x), y)
+                    if tokens:
+                        with torch.no_grad():
+                            joined = encoder({k: put(v) for k, v in tokens.items()})["sentence_embedding"]
+                        x, y = mixgen(x, y, F.normalize(joined.float(), dim=-1))
+                    cos = cosine(forward(x), y)
                 scaler.scale((1 - cos.mean()) / args.accum_freq).backward()
             rows.append(ids)
             cosines.append(cos.detach())
@@ -1173,46 +1220,46 @@ def main():
         scaler.step(optimizer)
         scaler.update()
         if ema:
-            ema.update_parameters(net)
-        seen.append(cos)
+            update_ema(ema, net, step, args.ema)
+        seen += tally(cos)
         step += 1
 
-        stopping, saving = agree(max(stop, default=0), time.perf_counter() - saved > args.save_every * 60, world)
-        logging = step % args.log_every == 0 or step == total or args.dry_run
-        if logging or step % per_epoch == 0 or stopping or saving:
-            check_finite(recent, names, world)
-            recent = []
+        # all processes stop and save after the same step; asked on the host, so nothing waits for the GPU
+        late, epoch_end = time.perf_counter() - saved > args.save_every * 60, step % per_epoch == 0
+        stopping, saving = over_all(torch.tensor([max(stop, default=0), late]), dist.ReduceOp.MAX)
+        logging = step % args.log_every == 0 or epoch_end or args.dry_run
+        if logging or stopping or saving:
+            check_finite(recent, paths, scaler)
+            recent.clear()
         if logging:
-            mean_cos, now = mean_of(seen, world, device), time.perf_counter()
-            rate, share = (step - logged) * batch / (now - clock), waited / (now - clock)
-            row = {"step": step, "epoch": round(step / per_epoch, 3), "train_cosine": mean_cos,
-                   "lr": args.lr * factor, "grad_norm": norm.item(), "images_per_s": round(rate, 1),
-                   "data_wait": round(share, 3), "memory_gib": round(memory(device), 2)}
-            if rank == 0 and not lp:
-                print(f"step {step:,} ({step / total:.0%}) · loss {1 - mean_cos:.4f} · val {score:.4f} · "
-                      f"lr {row['lr']:.2e} · grad {row['grad_norm']:.2f} · {rate:.0f} images/s · data wait {share:.0%}"
-                      f"{' (raise --workers)' if share > 0.2 else ''} · {row['memory_gib']:.1f} GiB · "
-                      f"ETA {(total - step) * batch / rate / 60:.1f} min", flush=True)
+            (cos_sum, n), seconds = over_all(seen), time.perf_counter() - clock
+            rate = (step - logged) * batch / seconds
+            row = {"epoch": round(step / per_epoch, 3), "train_cosine": cos_sum / n, "lr": args.lr * factor,
+                   "grad_norm": norm.item(), "images_per_s": round(rate, 1), "data_wait": round(waited / seconds, 3),
+                   "memory_gib": round(memory(device), 2)}
+            note(step, **row)
+            if rank == 0 and (args.dry_run or not lp):
+                print(log_line(step, total, row, score, eta=(total - step) * batch / rate), flush=True)
             if args.dry_run:
-                return
-            note(**row)
-            seen, clock, waited, logged = [], now, 0.0, step
-        if step % per_epoch == 0:
-            paused = time.perf_counter()
+                break
+            seen, waited, logged = torch.zeros_like(seen), 0.0, step
+        if epoch_end:
             score = validate()
-            clock += time.perf_counter() - paused  # images/s are those of training
         if stopping or saving or step == total:
-            if rank == 0:
-                save()
+            save()
             saved = time.perf_counter()
-        if stopping and step < total:
-            if rank == 0:
-                print(f"stopped at step {step}; go on with: {resume_command(world)}", file=sys.stderr)
-            sys.exit(128 + stopping)
+        if logging:
+            clock = time.perf_counter()  # images/s are those of training
 
-    note(step=step, done=True, best=max(best.values()), baseline=baseline["val"],
-         seconds=round(time.perf_counter() - began, 1))
-    if rank == 0:
+    if world > 1:  # not after an error: the others would be waited for
+        dist.destroy_process_group()
+    if step < total and not args.dry_run:
+        if rank == 0:
+            print(f"stopped at step {step}; go on with: {resume_command(world)}", file=sys.stderr)
+        sys.exit(128 + stopping)
+    if rank == 0 and not args.dry_run:
+        note(step, done=True, best=max(best.values()), baseline=baseline["val"],
+             seconds=round(time.perf_counter() - began, 1))
         print(f"{args.phase} done: best val cosine {max(best.values()):.4f} (n = {len(held['val'])}), "
               f"mean vector {baseline['val']:.4f} -> {phase}/best.safetensors")
 
@@ -1223,22 +1270,26 @@ def guarded():
         main()
     except BadPicture as e:  # comes out of a loader worker wrapped in its traceback
         sys.exit(str(e).strip().splitlines()[-1].split("BadPicture: ")[-1])
-    except (RuntimeError, SafetensorError) as e:
+    except (RuntimeError, MemoryError, SafetensorError) as e:
         text = str(e)
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or re.search(
+                "can't allocate memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED", text):
             sys.exit("out of memory: halve --batch-size and double --accum-freq (the same training), "
                      "or add --grad-checkpointing")
+        if "DataLoader worker" in text:
+            sys.exit(f"a loader worker died ({brief(e)}); out of memory, or of shared memory in a container "
+                     "(docker run --shm-size)? try fewer --workers, or 0")
         if "PytorchStreamWriter" in text or "unexpected pos" in text or isinstance(e, SafetensorError):
             sys.exit(f"a checkpoint could not be written, the old one is untouched; disk full? ({brief(e)})")
         if "does not have a deterministic implementation" in text:
             sys.exit(f"--deterministic: {text.split(', but')[0]}; leave it out, or train another --model")
+        if isinstance(e, dist.DistBackendError) or "gloo" in text:
+            sys.exit("another process of this run has ended; its own message says why")
         raise
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the next line as an error
         for worker in multiprocessing.active_children():
             worker.kill()  # after an error Python would end them by SIGTERM, which they ignore, and wait for ever
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

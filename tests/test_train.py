@@ -184,6 +184,77 @@ def test_kill_9(main, ft, tmp_path, whole_ft):
     assert_same_run(tmp_path / "cut/ft", whole_ft)
 
 
+def test_ft_resumes_without_its_start(main, lp, flags, tmp_path):
+    """last.pt is enough: what --init named may have changed or be gone, for --wise too."""
+    shutil.copytree(lp / "lp", tmp_path / "lp")
+    out = ["--phase", "ft", *flags, "--init", tmp_path / "lp", "--lr", 1e-3, "--epochs", 2, "--wise", 0.5, "--out"]
+    assert main(*out, tmp_path / "whole")[0] == 0
+    assert main(*out, tmp_path / "cut", at=("lr_at", 5, signal.SIGTERM))[0] == 143
+    shutil.rmtree(tmp_path / "lp")
+    code, _, err = main(*out, tmp_path / "cut", "--resume")
+    assert code == 0, err
+    assert_same_run(tmp_path / "cut/ft", tmp_path / "whole/ft")
+
+
+def test_resume_between_log_lines(main, ft, tmp_path):
+    """What the next line averages over, and the val cosine it shows, come through a stop."""
+    out = [*ft, "--lr", 1e-3, "--epochs", 2, "--log-every", 4, "--out"]
+    assert main(*out, tmp_path / "whole")[0] == 0
+    assert main(*out, tmp_path / "cut", at=("lr_at", 6, signal.SIGTERM))[0] == 143
+    code, said, err = main(*out, tmp_path / "cut", "--resume")
+    assert code == 0 and "nan" not in said, (said, err)
+    assert_same_run(tmp_path / "cut/ft", tmp_path / "whole/ft")
+
+
+def test_resume_of_a_finished_run(main, ft, tmp_path):
+    """Says so again and changes nothing; a line that a power cut tore off is forgotten."""
+    out = [*ft, "--epochs", 1, "--out", tmp_path]
+    assert main(*out)[0] == 0
+    before, log = metrics(tmp_path / "ft"), tmp_path / "ft/metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "tra')
+    code, said, err = main(*out, "--resume")
+    assert code == 0 and "ft done" in said, err
+    assert metrics(tmp_path / "ft") == before
+
+
+DRIVER = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import torch, train
+from clean import run
+real_lr, real_save, calls = train.lr_at, torch.save, []
+
+def lr_at(*args):  # rank 0 alone is told to stop, at its third step
+    calls.append(0)
+    if len(calls) == 3 and os.environ["RANK"] == "0" and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real_lr(*args)
+
+def slow(*args, **more):
+    time.sleep(5)
+    return real_save(*args, **more)
+train.lr_at, torch.save = lr_at, slow
+run(train.guarded)
+"""
+
+
+def test_two_processes_stop_and_resume_exactly(ft, tmp_path):
+    """One process is told to stop: both do, and the other waits while rank 0 writes, or torchrun would kill it. The
+    sums for the next log line are each process's own."""
+    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    args = [*ft, "--lr", 1e-3, "--epochs", 1, "--batch-size", 8, "--log-every", 5, "--out"]
+    assert torchrun(*args, tmp_path / "whole").returncode == 0
+    script, limit = TORCHRUN[:-1], {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    for more in ([], ["--resume"]):
+        done = subprocess.run(list(map(str, [*script, tmp_path / "driver.py", *args, tmp_path / "cut", *more])),
+                              capture_output=True, text=True, timeout=200, env=limit)
+        assert (done.returncode == 0) == bool(more), done.stderr[-3000:]
+        if not more:
+            assert "stopped at step 3; go on with: the same torchrun command and" in done.stderr
+            assert torch.load(tmp_path / "cut/ft/last.pt", weights_only=True)["step"] == 3
+    assert_same_run(tmp_path / "cut/ft", tmp_path / "whole/ft")
+
+
 def test_resume_refuses_other_settings(main, ft, tmp_path):
     out = [*ft, "--epochs", 2, "--out", tmp_path / "r"]
     assert main(*out, at=("lr_at", 2, signal.SIGINT))[0] == 130
@@ -191,11 +262,33 @@ def test_resume_refuses_other_settings(main, ft, tmp_path):
     assert code == 1 and "--lr 1e-05" in err
     code, _, err = main(*out)
     assert code == 1 and "--resume" in err and "--overwrite" in err
+    assert "one of them" in main(*out, "--resume", "--dry-run")[2]
     last = tmp_path / "r/ft/last.pt"
     last.write_bytes(last.read_bytes()[:1000])
     assert "not a readable checkpoint" in main(*out, "--resume")[2]
     last.unlink()
     assert "nothing to resume" in main(*out, "--resume")[2]
+
+
+def test_overwrite_deletes_only_when_all_is_well(main, lp, flags, tmp_path):
+    """A mistyped flag costs nothing; the checkpoint that ft starts from is not deleted; then the old run is gone."""
+    shutil.copytree(lp / "lp", tmp_path / "real")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lp").symlink_to(tmp_path / "real")  # say, on a larger disk
+    (tmp_path / "real/notes").mkdir()
+    args = [*LP, *flags, "--epochs", 1, "--out", tmp_path / "run", "--overwrite"]
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "real").iterdir()}
+    for wrong in (["--model", "ViT-TYPO"], ["--lr", 0], ["--pretrained", "nowhere"], ["--image-size", 3]):
+        assert main(*args, *wrong)[0] == 1
+    ft = ["--phase", "ft", *flags, "--out", tmp_path / "run"]
+    assert main(*ft, "--epochs", 1)[0] == 0
+    inside = tmp_path / "run/ft/best.safetensors"
+    code, _, err = main(*ft, "--init", inside, "--overwrite")
+    assert code == 1 and "another --out" in err and inside.is_file()
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "real").iterdir()} == before
+    assert main(*args)[0] == 0
+    assert (tmp_path / "run/lp").is_symlink() and not (tmp_path / "real/notes").exists()
+    assert [r["step"] for r in metrics(tmp_path / "real")][:2] == [0, 1], "a new log, not the old one with more rows"
 
 
 def test_full_disk_keeps_the_old_checkpoint(ft, tmp_path):
@@ -205,6 +298,12 @@ def test_full_disk_keeps_the_old_checkpoint(ft, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "too large" in done.stderr or "could not be written" in done.stderr
     assert not list((tmp_path / "r/ft").glob(".*tmp")) and not (tmp_path / "r/ft/last.pt").exists()
+
+
+def test_full_disk_while_features_are_written(flags, tmp_path):
+    line = " ".join(map(str, [sys.executable, ROOT / "train.py", *LP, *flags, "--out", tmp_path / "r"]))
+    done = subprocess.run(["bash", "-c", f"ulimit -f 20; exec {line}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "too large" in done.stderr, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -267,6 +366,23 @@ def test_two_processes_are_one(data, flags, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_two_processes_with_batchnorm(data, flags, tmp_path):
+    """Each has running statistics of its own while it trains; what is scored is what rank 0 saves."""
+    from clean import read_data
+    out = ["--phase", "ft", "--init", "none", "--model", "timm:test_resnet", "--pretrained", "none", *flags]
+    done = torchrun(*out, "--lr", 1e-2, "--batch-size", 8, "--image-size", 32, "--epochs", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pairs, targets, _ = read_data(data)
+    rows = np.flatnonzero(pairs["split"].to_numpy() == "val")
+    for kind in ("raw", "ema"):
+        net, meta = load_net(tmp_path / f"ft/best-{kind}.safetensors")
+        pictures = train.Pictures([data / p for p in pairs["image"].gather(rows)], meta["tower"])
+        with torch.no_grad():
+            predicted = net(torch.stack([pictures[i] for i in range(len(rows))]))
+        score = cosine(predicted, torch.from_numpy(targets[rows])).mean().item()
+        assert score == pytest.approx(meta["val_cosine"], abs=1e-5)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_not_finite_stops_before_the_update(processes, main, ft, data, copy, tmp_path):
     """A NaN target: one line with step and picture, on every process; nothing NaN is saved; the step before it can be
@@ -282,10 +398,22 @@ def test_not_finite_stops_before_the_update(processes, main, ft, data, copy, tmp
     else:
         done = torchrun(*args, "--batch-size", 8)
         code, err = done.returncode, done.stderr
-    assert code and "is not finite" in err and split["image"][row] in err and "step" in err
+    assert code and "is not finite" in err and split["image"][row] in err and "step" in err and "--overwrite" in err
     if (tmp_path / "nan/ft/last.pt").exists():
         state = torch.load(tmp_path / "nan/ft/last.pt", weights_only=True)
         assert all(torch.isfinite(t).all() for t in state["net"].values())
+
+
+def test_half_precision_that_never_fits_stops(main, ft, tmp_path, monkeypatch):
+    """GradScaler halves its scale for every step that it skips; when none is left, the run ends instead of idling."""
+    def overflowing(*a):
+        cos = cosine(*a)
+        if cos.requires_grad:
+            cos.register_hook(lambda g: g * math.inf)
+        return cos
+    monkeypatch.setattr(train, "cosine", overflowing)
+    code, _, err = main(*ft, "--precision", "amp", "--epochs", 9, "--out", tmp_path)
+    assert code == 1 and "overflows float16" in err and not (tmp_path / "ft/last.pt").exists(), err
 
 
 def test_a_bad_step_is_skipped_on_the_device():
@@ -361,6 +489,29 @@ def test_positions_as_open_clip_resizes_them():
     resize_pos_embed(theirs, types.SimpleNamespace(visual=big))
     ours = resize_positions(dict(state), big)["positional_embedding"]
     assert torch.allclose(ours, theirs["visual.positional_embedding"], atol=1e-6)
+
+
+def test_timm_tags_have_their_own_statistics(monkeypatch):
+    """Mean, std and size are those of the tag that was asked for, not of the model's default one; a tag trained with
+    QuickGELU is refused where the model would compute plain GELU. (Weights are not here: random ones.)"""
+    import timm
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **k: real(name, **k))
+
+    def spec(model, tag):
+        return train.make_tower(train.parse_args(["--phase", "lp", "--model", model, "--pretrained", tag]))[1]
+    assert spec("timm:tf_efficientnet_b0", "ns_jft_in1k")["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert spec("timm:tf_efficientnet_b0", "ap_in1k")["mean"] == [0.5] * 3
+    with pytest.raises(SystemExit, match="timm:vit_base_patch32_clip_quickgelu_224"):
+        spec("timm:vit_base_patch32_clip_224", "openai")
+    assert spec("timm:vit_base_patch32_clip_quickgelu_224", "openai")["mean"][0] == pytest.approx(0.48145466)
+
+
+def test_proj_is_near_the_head():
+    """The projection comes after the last block, so it learns as fast as that, though its name comes first."""
+    spec = tiny_spec("tiny", proj=True)
+    found = depths(Net(build_tower(spec), spec))
+    assert found["tower.proj"] == found["head.weight"] - 1 == max(d for n, d in found.items() if "resblocks" in n)
 
 
 @pytest.mark.parametrize("model, blocks", [("tiny", ["transformer.resblocks.0.", "transformer.resblocks.1."]),
@@ -456,6 +607,31 @@ def test_features_are_the_towers(main, lp, data, flags):
     assert np.allclose(features, stored[0, [0, 7]], atol=1e-4)
 
 
+def test_features_go_on_where_they_were(main, flags, tmp_path, monkeypatch):
+    """Killed in the middle, the pictures that were done are not done again, and the bytes are the same; a second run
+    with the same tower and data meanwhile makes its own; a damaged cache is made anew."""
+    def clock():  # every look is ten seconds later, so every batch is synced
+        clock.now += 11
+        return clock.now
+    clock.now = 0
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=clock, perf_counter=time.perf_counter))
+    args = [*LP, *flags, "--hflip", 0.5, "--epochs", 1, "--out"]
+    assert main(*args, tmp_path / "one", at=("open_rgb", 100, signal.SIGTERM))[0] == 143
+    assert main(*args, tmp_path / "two")[0] == 0
+    cache = next((tmp_path / ".features").glob("*.npy"))
+    whole, read = cache.read_bytes(), []
+    cache.unlink()
+    real = train.open_rgb
+    monkeypatch.setattr(train, "open_rgb", lambda path: read.append(path) or real(path))
+    assert main(*args, tmp_path / "one", "--overwrite")[0] == 0
+    n = np.load(cache, mmap_mode="r").shape[1]
+    assert len(read) == n - 96, "six batches of 16 were done"
+    assert cache.read_bytes() == whole and len(list(cache.parent.iterdir())) == 1
+    cache.write_bytes(whole[:-1000])
+    assert main(*args, tmp_path / "one", "--overwrite")[0] == 0
+    assert cache.read_bytes() == whole
+
+
 def test_proj(main, flags, tmp_path):
     assert main(*LP, "--proj", "--epochs", 1, *flags, "--out", tmp_path)[0] == 0
     net, meta = load_net(tmp_path)
@@ -531,6 +707,13 @@ def test_batchnorm_in_ft(pretrained, main, flags, tmp_path):
         after = torch.load(tmp_path / "ft/last.pt", weights_only=True)["net"]
         assert all(torch.equal(before[k], after[k]) == frozen for k in before if k.endswith("running_mean"))
         assert not torch.equal(before[conv], after[conv])
+    found = depths(load_net(tmp_path / "lp")[0])
+    assert main("--phase", "ft", *flags, "--epochs", 1, "--out", tmp_path, "--overwrite", "--no-freeze-bn",
+                "--unfreeze-from", 3)[0] == 0
+    after = torch.load(tmp_path / "ft/last.pt", weights_only=True)["net"]
+    means = [k for k in before if k.endswith("running_mean")]
+    assert ([not torch.equal(before[k], after[k]) for k in means]
+            == [found[k.replace("running_mean", "weight")] >= 3 for k in means]), "frozen layers keep theirs"
 
 
 # -------------------------------------------------------------------------------------------------- ft switches
@@ -551,19 +734,28 @@ def test_ema_and_wise(main, ft, tmp_path):
     assert best["best-ema"]["weights"] == "ema"
 
 
-def test_ema_formula(main, ft, tmp_path, monkeypatch):
-    history, real = [], train.AveragedModel.update_parameters
+def test_ema_formula(main, lp, ft, tmp_path, monkeypatch):
+    """From the start's weights on, step by step; and no counter of it goes to the device."""
+    history, real = [], train.update_ema
 
-    def spy(self, net):
-        real(self, net)
-        history.append([[p.detach().clone() for p in m.parameters()] for m in (net, self.module)])
-    monkeypatch.setattr(train.AveragedModel, "update_parameters", spy)
+    def spy(ema, net, step, decay):
+        real(ema, net, step, decay)
+        history.append((step, *([p.detach().clone() for p in m.parameters()] for m in (net, ema))))
+    monkeypatch.setattr(train, "update_ema", spy)
     assert main(*ft, "--lr", 1e-3, "--epochs", 1, "--ema", 0.6, "--out", tmp_path)[0] == 0
-    mean = history[0][0]
-    for step, (raw, ema) in enumerate(history[1:], 1):
+    mean = [p.detach() for p in load_net(lp)[0].parameters()]
+    assert [step for step, *_ in history] == list(range(len(history))) and len(history) > 5
+    for step, raw, ema in history:
         d = min(0.6, (1 + step) / (10 + step))
         mean = [d * m + (1 - d) * r for m, r in zip(mean, raw)]
         assert all(torch.allclose(m, e, atol=1e-6) for m, e in zip(mean, ema))
+
+
+def test_ema_copies_buffers():
+    ema, net = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    net(torch.rand(8, 4))
+    train.update_ema(ema, net, 3, 0.9)
+    assert torch.equal(ema.running_mean, net.running_mean) and ema.num_batches_tracked == 1
 
 
 def test_grad_checkpointing_changes_no_loss(main, lp, ft, tmp_path):
@@ -571,8 +763,13 @@ def test_grad_checkpointing_changes_no_loss(main, lp, ft, tmp_path):
         assert main(*ft, "--epochs", 1, "--out", tmp_path / name, *flag)[0] == 0
     assert metrics(tmp_path / "a/ft") == metrics(tmp_path / "b/ft")
     net, _ = load_net(lp)
-    net.tower.set_grad_checkpointing(True)
+    train.checkpoint_gradients(net.tower, trained_bn=False)
     assert net.tower.transformer.grad_checkpointing, "the switch does something"
+    with pytest.raises(SystemExit, match="--freeze-bn"):  # its second forward pass would move running statistics again
+        train.checkpoint_gradients(net.tower, trained_bn=True)
+    for without in (build_tower(tiny_spec("timm:vgg11")), type("ModifiedResNet", (nn.Module,), {})()):
+        with pytest.raises(SystemExit, match="this tower has none"):
+            train.checkpoint_gradients(without, trained_bn=False)
 
 
 def test_compile_keeps_the_keys(main, lp, ft, tmp_path, monkeypatch):
@@ -641,8 +838,30 @@ def test_patch_dropout(lp):
         net.train(training)(torch.zeros(2, 3, 32, 32))
     kept, all_of_them = (shape.numel() for shape in seen)
     assert kept == all_of_them * 9 // 17, "in training 8 of 16 patches and the class token"
+    eva = build_tower(tiny_spec("timm:eva02_tiny_patch14_224", image_size=56, kwargs={"depth": 1}))
+    train.drop_patches(eva, 0.5)
+    seen.clear()
+    eva.blocks[0].register_forward_pre_hook(lambda m, x: seen.append(x[0].shape[1]))
+    eva.train()(torch.zeros(2, 3, 56, 56))
+    assert seen == [9], "8 of 16 patches and the class token, their rotary positions with them"
     with pytest.raises(SystemExit, match="no patches"):
         train.drop_patches(build_tower(tiny_spec("timm:test_resnet")), 0.5)
+
+
+def test_advice_is_for_its_model(main, flags, copy, data, tmp_path):
+    """What the data folder recommends for one model is not applied to another, in ft neither."""
+    data = copy(data)
+    summary = json.loads((data / "summary.json").read_text())
+    summary["recommend"] = {"model": "timm:test_vit", "pretrained": "none", "image_size": 64, "ft": {"lr": 1e-3}}
+    (data / "summary.json").write_text(json.dumps(summary))
+    lrs = []
+    for model in (["--model", TINY, "--pretrained", "none"], []):
+        more = [*flags, "--data", data, "--epochs", 1, "--out", tmp_path / f"r{len(model)}"]
+        assert main("--phase", "lp", *model, *more)[0] == 0
+        code, said, err = main("--phase", "ft", *more)
+        assert code == 0 and ("32 px" if model else "64 px") in said, (said, err)
+        lrs.append(max(r.get("lr", 0) for r in metrics(tmp_path / f"r{len(model)}/ft")))
+    assert lrs == pytest.approx([1e-5, 1e-3])
 
 
 def test_ft_at_another_size(main, ft, tmp_path):
@@ -700,6 +919,20 @@ def test_tensorboard(main, ft, tmp_path):
     assert len(found) > 30 and sorted(found) == sorted(wanted)
 
 
+def test_tensorboard_after_resume(main, ft, tmp_path):
+    """Killed after the last save, steps are done again: they are there once."""
+    tensorboard = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = [*ft, "--epochs", 1, "--report-to", "tensorboard", "--out", tmp_path]
+    assert main(*args, at=("lr_at", 4, signal.SIGTERM))[0] == 143
+    shutil.copy(tmp_path / "ft/last.pt", tmp_path / "last.pt")
+    assert main(*args, "--resume")[0] == 0
+    shutil.copy(tmp_path / "last.pt", tmp_path / "ft/last.pt")
+    assert main(*args, "--resume")[0] == 0
+    events = tensorboard.EventAccumulator(str(tmp_path / "ft"), size_guidance={"scalars": 0}).Reload()
+    steps = [e.step for e in events.Scalars("train_cosine")]
+    assert steps == list(range(1, max(steps) + 1))
+
+
 def test_log_line(main, ft, tmp_path):
     code, said, _ = main(*ft, "--epochs", 1, "--out", tmp_path)
     line = next(line for line in said.splitlines() if line.startswith("step 2 "))
@@ -738,7 +971,17 @@ def test_checkpoints_that_are_none(lp, tmp_path):
     cases = [(good[:-100], "not a readable"), (b"\x80\x04N.", "not a readable"), (b"", "not a readable"),
              (write({**meta, "format": 99}, state), "format 99"), (write(meta, headless), "head.weight"),
              (write({**meta, "head": {**meta["head"], "dim": 100}}, state), "another shape"),
-             (write({"format": 1}, state), "tower"),
+             (write({"format": 1}, state), "tower"), (write([], state), "format None"),
+             (write(3, state), "format None"),
+             (write({**meta, "tower": {**meta["tower"], "model": 7}}, state), "not a checkpoint"),
+             (write({**meta, "text_model": "x"}, state), "not a checkpoint"),
+             (write({**meta, "head": {"head": "mlp", "width": "x"}}, state), "describes no model"),
+             (write({**meta, "tower": {**meta["tower"], "config": {"embed_dim": 1, "vision_cfg": {"patch_size": 0}}}},
+                    state), "describes no model"),
+             (write({**meta, "head": {"head": "mlp", "width": 10 ** 9}}, state), "does not fit"),
+             (write({**meta, "tower": {**meta["tower"], "model": "timm:hf-hub:a/b"}}, state), "the hub"),
+             (write({**meta, "tower": {**meta["tower"], "model": "timm:vit", "kwargs": {"checkpoint_path": "/x"}}},
+                    state), "open files"),
              (write({**meta, "tower": {**meta["tower"], "model": "timm:no_such"}}, state), "no_such")]
     for content, word in cases:
         (tmp_path / "best.safetensors").write_bytes(content)
@@ -767,10 +1010,61 @@ def test_one_line_for_every_mistake(main, lp, data, flags, copy, tmp_path):
                        (["--init", tmp_path / "nowhere"], "no checkpoint"),
                        (["--data", tmp_path], "not a finished data folder"),
                        (["--init", lp, "--patch-dropout", 1], "--patch-dropout"),
-                       (["--init", lp, "--wise", -0.1], "--wise")):
+                       (["--init", lp, "--wise", -0.1], "--wise"),
+                       (["--init", lp, "--wd", -5], "--wd"),
+                       (["--init", lp, "--grad-clip-norm", -1], "--grad-clip-norm"),
+                       (["--init", lp, "--grad-clip-norm", "nan"], "--grad-clip-norm"),
+                       (["--init", lp, "--save-every", "nan"], "--save-every"),
+                       (["--init", lp, "--mixgen", 0.3], "blends 4.8 of a --batch-size of 16"),
+                       (["--init", lp, "--batch-size", 2, "--mixgen", 0.25], "must be whole"),
+                       (["--init", lp, "--proj", "--pretrained", "x"], "leave --pretrained --proj out"),
+                       (["--init", lp, "--image-mean", 0, 0, 0], "leave --image-mean"),
+                       (["--init", lp, "--head-width", 2], "leave --head-width"),
+                       (["--init", lp, "--force-quick-gelu"], "leave --force-quick-gelu"),
+                       (["--init", lp, "--model-kwargs", "depth=2"], "leave --model-kwargs"),
+                       (["--phase", "lp", "--model", TINY, "--pretrained", "none", "--image-size", 4], "at 4 px"),
+                       (["--phase", "lp", "--model", "timm:test_vit", "--pretrained", "none", "--model-kwargs",
+                         "embed_dim=7"], "timm:test_vit"),
+                       (["--phase", "lp", "--model", "timm:hf-hub:a/b", "--pretrained", "none"], "the hub")):
         code, _, err = main(*ft, *args)
         assert code == 1 and word in err and "Traceback" not in err, (args, err)
     assert not (tmp_path / "r").exists()
+
+
+def test_the_start_may_name_its_own_model(main, lp, ft, tmp_path):
+    """Only what contradicts the start is an error."""
+    same = ["--model", TINY, "--pretrained", "none", "--head", "linear"]
+    assert main(*ft, *same, "--epochs", 1, "--out", tmp_path)[0] == 0
+
+
+def test_targets_that_are_not_finite(main, ft, data, copy, tmp_path):
+    """In a validation row: said at once, not after the training."""
+    data = copy(data)
+    targets = np.load(data / "targets.npy")
+    targets[np.flatnonzero((pl.read_parquet(data / "pairs.parquet")["split"] == "val").to_numpy())[0]] = np.nan
+    np.save(data / "targets.npy", targets)
+    code, said, err = main(*ft, "--data", data, "--out", tmp_path)
+    assert code == 1 and "not finite" in err and not said
+
+
+def test_mixgen_wants_the_encoder_of_the_targets(main, lp, ft, data, copy, monkeypatch, tmp_path):
+    real = train.load_encoder
+    monkeypatch.setattr(train, "load_encoder", lambda *a: (real(*a)[0], {"name": "all-MiniLM-L6-v2", "sha256": "0"}))
+    code, _, err = main(*ft, "--mixgen", 0.25, "--out", tmp_path)
+    assert code == 1 and "is not the encoder" in err
+
+
+def test_checkpoints_can_be_shared(main, lp):
+    """Readable for whom the umask lets, like every file; a library's own writer would make them private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (lp / "lp/best.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_resume_command_can_be_pasted(main, ft, tmp_path):
+    code, _, err = main(*ft, "--epochs", 1, "--out", tmp_path / "my run", at=("lr_at", 2, signal.SIGTERM))
+    line = err.split("go on with: ")[1].strip()
+    assert code == 143 and f"'{tmp_path}/my run'" in line and line.startswith("python ") and line.endswith("--resume")
 
 
 def test_unreadable_picture_stops(main, ft, data, copy, tmp_path):
@@ -785,10 +1079,17 @@ def test_unreadable_picture_stops(main, ft, data, copy, tmp_path):
 
 
 def test_out_of_memory(main, ft, tmp_path):
-    for error in (torch.OutOfMemoryError("CUDA out of memory"),
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
         code, _, err = main(*ft, "--overwrite", "--out", tmp_path, at=("lr_at", 2, error))
         assert code == 1 and all(flag in err for flag in ("--batch-size", "--accum-freq", "--grad-checkpointing"))
+
+
+def test_a_lost_worker(main, ft, tmp_path):
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+    code, _, err = main(*ft, "--out", tmp_path, at=("lr_at", 2, error))
+    assert code == 1 and "--workers" in err and "shared memory" in err
 
 
 def test_importing_does_nothing():
