@@ -494,9 +494,9 @@ def mixgen(images, targets, joined, lam=0.5):
     return torch.cat([mixed, images[m:]]), torch.cat([joined, targets[m:]])
 
 
-def features_file(net, spec, data, n, views, args):
+def features_file(net, data, n, views, args):
     """Where the features of n pictures lie: a name made of the tower, its weights, its transform and the data."""
-    digest = hashlib.sha256(json.dumps([spec, data, n, views, args.precision], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([net.spec, data, n, views, args.precision], sort_keys=True).encode())
     for name, tensor in sorted(net.tower.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
     return Path(args.out).parent / f".features/{digest.hexdigest()[:32]}.npy"
@@ -506,8 +506,11 @@ def extract_features(net, file, paths, views, args, device, rank=0, world=1):
     """Frozen tower features of every picture, computed once -> memmap (views, N, D), float16 where computed in 16 bits;
     view 1 is the mirror image. Whole batches are shared out over the processes, so their number changes no byte. What a
     killed run had done is not done again: the file .done has a byte per picture, set when its features are on disk."""
+    found = None
     with suppress(OSError, ValueError, EOFError):  # not there, or cut short
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    if all(gather(found is not None)):
+        return found
     dtype, n = DTYPES[args.precision], len(paths)
     # cast once, not by autocast at every batch; BatchNorm statistics do not survive 16 bits
     tower = copy.deepcopy(net.tower).to(device, dtype, memory_format=torch.channels_last).eval()
@@ -551,9 +554,9 @@ def extract_features(net, file, paths, views, args, device, rank=0, world=1):
             if time.time() - synced > 10 or rows is todo[-1]:
                 out.flush()
                 os.fsync(out.fileno())
-                for rows in pending:
-                    marks.seek(rows[0])
-                    marks.write(b"\1" * len(rows))
+                for finished in pending:
+                    marks.seek(finished[0])
+                    marks.write(b"\1" * len(finished))
                 marks.flush()
                 pending, synced = [], time.time()
     wait(world)
@@ -898,6 +901,12 @@ def prepare(args, summary):
     elif args.phase == "ft" and args.init != "none":
         begin = find_start(args, phase, summary)
 
+    off = {"layer_decay": 1, **dict.fromkeys(("mixgen", "unfreeze_from", "ema", "wise", "freeze_bn", "patch_dropout",
+                                              "grad_checkpointing"), False)}
+    idle = [flag(k) for k, v in off.items() if getattr(args, k) not in (None, v)]
+    if idle and args.phase == "lp":
+        sys.exit(f"{' '.join(idle)}: for --phase ft; lp trains the head alone, on features computed once")
+
     # the data folder's advice is for one model
     advice, fresh = summary["recommend"], args.phase == "lp" or args.init == "none"
     if (args.model if fresh else begin["tower"]["model"]) not in (None, advice["model"]):
@@ -1055,7 +1064,7 @@ def main():
 
     if lp:  # on cached features, from here on as one process
         views = 1 + (args.hflip > 0)
-        file = features_file(net, spec, summary["hashes"], len(paths), views, args)
+        file = features_file(net, summary["hashes"], len(paths), views, args)
         same["features"] = file.stem
         if args.dry_run:
             features = np.zeros((views, len(paths), net.features), np.float32)
@@ -1115,6 +1124,7 @@ def main():
                 part.load_state_dict(begin[name])
         step, best, best_head, score = (begin[k] for k in ("step", "best", "best_head", "score"))
         seen = begin["seen"][rank].to(device)
+    del begin  # gigabytes
     note = lambda step, **row: None  # noqa: E731
     if rank == 0 and not args.dry_run:
         phase.mkdir(parents=True, exist_ok=True)

@@ -218,7 +218,7 @@ def test_resume_of_a_finished_run(main, ft, tmp_path):
 
 
 DRIVER = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch, train
 from clean import run
@@ -231,8 +231,12 @@ def lr_at(*args):  # rank 0 alone is told to stop, at its third step
     return real_lr(*args)
 
 def slow(*args, **more):
-    time.sleep(5)
-    return real_save(*args, **more)
+    time.sleep(2)
+    real_save(*args, **more)
+    open(out + "/saved", "w").close()
+out = sys.argv[sys.argv.index("--out") + 1]
+if os.environ["RANK"] == "1":
+    atexit.register(lambda: os.path.exists(out + "/saved") or open(out + "/left early", "w"))
 train.lr_at, torch.save = lr_at, slow
 run(train.guarded)
 """
@@ -244,14 +248,15 @@ def test_two_processes_stop_and_resume_exactly(ft, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
     args = [*ft, "--lr", 1e-3, "--epochs", 1, "--batch-size", 8, "--log-every", 5, "--out"]
     assert torchrun(*args, tmp_path / "whole").returncode == 0
-    script, limit = TORCHRUN[:-1], {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    script = [*TORCHRUN[:-1], tmp_path / "driver.py"]
     for more in ([], ["--resume"]):
-        done = subprocess.run(list(map(str, [*script, tmp_path / "driver.py", *args, tmp_path / "cut", *more])),
-                              capture_output=True, text=True, timeout=200, env=limit)
+        done = subprocess.run(list(map(str, [*script, *args, tmp_path / "cut", *more])), capture_output=True, text=True,
+                              timeout=200)
         assert (done.returncode == 0) == bool(more), done.stderr[-3000:]
         if not more:
             assert "stopped at step 3; go on with: the same torchrun command and" in done.stderr
             assert torch.load(tmp_path / "cut/ft/last.pt", weights_only=True)["step"] == 3
+            assert (tmp_path / "cut/saved").exists() and not (tmp_path / "cut/left early").exists()
     assert_same_run(tmp_path / "cut/ft", tmp_path / "whole/ft")
 
 
@@ -285,6 +290,7 @@ def test_overwrite_deletes_only_when_all_is_well(main, lp, flags, tmp_path):
     inside = tmp_path / "run/ft/best.safetensors"
     code, _, err = main(*ft, "--init", inside, "--overwrite")
     assert code == 1 and "another --out" in err and inside.is_file()
+    assert main(*ft, "--overwrite", "--unfreeze-from", 99)[0] == 1 and inside.is_file()
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "real").iterdir()} == before
     assert main(*args)[0] == 0
     assert (tmp_path / "run/lp").is_symlink() and not (tmp_path / "real/notes").exists()
@@ -1011,6 +1017,8 @@ def test_one_line_for_every_mistake(main, lp, data, flags, copy, tmp_path):
                        (["--data", tmp_path], "not a finished data folder"),
                        (["--init", lp, "--patch-dropout", 1], "--patch-dropout"),
                        (["--init", lp, "--wise", -0.1], "--wise"),
+                       (["--phase", "lp", "--wise", 0, "--mixgen", 0.5, "--grad-checkpointing"],
+                        "--mixgen --grad-checkpointing: for --phase ft"),
                        (["--init", lp, "--wd", -5], "--wd"),
                        (["--init", lp, "--grad-clip-norm", -1], "--grad-clip-norm"),
                        (["--init", lp, "--grad-clip-norm", "nan"], "--grad-clip-norm"),
@@ -1076,6 +1084,9 @@ def test_unreadable_picture_stops(main, ft, data, copy, tmp_path):
     assert main(*args, tmp_path / "a")[2].startswith(str(data / row))
     said = command("train.py", *args, tmp_path / "b", "--workers", 1, ok=False).stderr  # and its workers end with it
     assert said.strip().splitlines()[-1].startswith(f"{data / row}: unreadable")
+    done = torchrun(*args, tmp_path / "c", "--batch-size", 8)  # one process of two meets it: both end
+    assert done.returncode and f"{data / row}: unreadable" in done.stderr
+    assert "train.py\", line" not in done.stderr, "the other says a line of its own"
 
 
 def test_out_of_memory(main, ft, tmp_path):

@@ -195,7 +195,7 @@ def ft_speed(model, spec, plain, targets, rows, work, args, flags, device):
         """All of it: the hash of the weights, the loader's start, the file on disk."""
         shutil.rmtree(work / ".features", ignore_errors=True)
         started = now(device)
-        file = train.features_file(net, spec, model, len(plain), 1, settings)
+        file = train.features_file(net, model, len(plain), 1, settings)
         train.extract_features(net, file, plain.pictures.paths, 1, settings, device)
         return len(plain) / (now(device) - started)
 
