@@ -123,8 +123,9 @@ def read_data(folder):
         targets = np.load(folder / "targets.npy", mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, pl.exceptions.PolarsError) as e:
         sys.exit(f"{folder}: damaged ({reason(e)}); make it again with clean.py --overwrite")
-    if len(pairs) != len(targets) or summary.get("format") != FORMAT:
-        sys.exit(f"{folder}: {len(pairs)} pairs, {len(targets)} targets, format {summary.get('format')}; "
+    found = summary.get("format") if isinstance(summary, dict) else None
+    if len(pairs) != len(targets) or found != FORMAT:
+        sys.exit(f"{folder}: {len(pairs)} pairs, {len(targets)} targets, format {found}; "
                  "make it again with clean.py --overwrite")
     return pairs, targets, summary
 

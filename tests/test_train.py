@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # bit-equal here and in subprocesses; and two threads that wait for each other crawl on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -946,6 +947,25 @@ def test_log_line(main, ft, tmp_path):
     assert (tmp_path / "ft/curve.png").stat().st_size > 1000
 
 
+def test_nothing_waits_between_log_lines(main, ft, tmp_path, monkeypatch):
+    """A tensor that is asked for its value makes the host wait for the GPU: not in the hot loop. (With --mixgen the text
+    encoder does, once per micro-batch: transformers looks whether its mask is all ones.)"""
+    asked, at_step, real = [], [], train.lr_at
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                asked.append(op)
+            return op(*args, **(kwargs or {}))
+    monkeypatch.setattr(train, "lr_at", lambda *a: at_step.append(len(asked)) or real(*a))
+    with Asked():
+        assert main(*ft, "--epochs", 2, *EVERYTHING, "--mixgen", 0, "--log-every", 1000, "--out", tmp_path)[0] == 0
+    per_epoch = len(at_step) // 2
+    first, second = at_step[:per_epoch], at_step[per_epoch:]
+    assert per_epoch > 3 and len(set(first)) == len(set(second)) == 1
+    assert second[0] > first[0], "the look at the epoch's end is seen"
+
+
 def test_ood_is_reported_and_never_selected_on(main, ft, copy, data, tmp_path):
     """Split "ood" beside val: own n and mean-vector level; the best step is the one it is without it."""
     data = copy(data)
@@ -1003,6 +1023,8 @@ def test_one_line_for_every_mistake(main, lp, data, flags, copy, tmp_path):
     other = copy(data)
     summary = json.loads((other / "summary.json").read_text())
     (other / "summary.json").write_text(json.dumps({**summary, "text_model": {"name": "another", "sha256": None}}))
+    shutil.copytree(other, tmp_path / "odd")
+    (tmp_path / "odd/summary.json").write_text("[]")
     for args, word in (([], "no lp phase to start from"),
                        (["--init", lp, "--data", other], "was trained for all-MiniLM-L6-v2 targets"),
                        (["--init", lp, "--model", "RN50"], "leave --model"),
@@ -1015,6 +1037,7 @@ def test_one_line_for_every_mistake(main, lp, data, flags, copy, tmp_path):
                        (["--init", lp, "--lr", "nan"], "--lr"),
                        (["--init", tmp_path / "nowhere"], "no checkpoint"),
                        (["--data", tmp_path], "not a finished data folder"),
+                       (["--data", tmp_path / "odd"], "format None"),
                        (["--init", lp, "--patch-dropout", 1], "--patch-dropout"),
                        (["--init", lp, "--wise", -0.1], "--wise"),
                        (["--phase", "lp", "--wise", 0, "--mixgen", 0.5, "--grad-checkpointing"],
