@@ -13,6 +13,7 @@ Weights are random without --pretrained: speed does not know. Plain: float32 pic
 and does not count. Progress goes to stderr.
 """
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -105,6 +106,7 @@ def ours(*flags, here=False):
         with redirect_stdout(sys.stderr):
             train.guarded()
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # gigabytes that the plain loop freed and glibc kept
         subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
     seconds, out = time.perf_counter() - started, Path(flags[flags.index("--out") + 1])
     log = out / flags[flags.index("--phase") + 1] / "metrics.jsonl"
