@@ -38,7 +38,6 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -214,6 +213,17 @@ def brief(error):
     return reason(error)[:120]
 
 
+class AllReduce(torch.autograd.Function):
+    """The sum over all processes, differentiable."""
+
+    @staticmethod
+    def forward(_, x):
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+    backward = forward  # the gradient is summed too
+
+
 class SharedBatchNorm(nn.BatchNorm1d):
     """BatchNorm over the rows of all processes, as one process would see them. torch's SyncBatchNorm refuses CPUs."""
 
@@ -221,8 +231,8 @@ class SharedBatchNorm(nn.BatchNorm1d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         x, world = x.float(), dist.get_world_size()
-        mean = all_reduce(x.mean(0)) / world  # differentiable: the gradient is reduced too
-        var = all_reduce((x - mean).square().mean(0)) / world
+        mean = AllReduce.apply(x.mean(0)) / world
+        var = AllReduce.apply((x - mean).square().mean(0)) / world
         with torch.no_grad():
             n = len(x) * world
             self.running_mean.lerp_(mean, self.momentum)
@@ -310,11 +320,10 @@ def param_groups(net, lr, wd, decay=1.0, unfreeze_from=0, head_only=False):
 def drop_patches(tower, p):
     """FLIP (arXiv 2212.00794), ViTs only: in training a share p of the patches is left out, and as much of the cost."""
     from timm.layers import PatchDropout, PatchDropoutWithIndices
-    from timm.models.eva import Eva
     inner = getattr(tower, "trunk", tower)
-    if isinstance(inner, Eva):  # rotates by position, so it must know which patches stayed
+    if type(inner).__name__ in ("Eva", "NaFlexVit"):  # rotate by position, so they must know which patches stayed
         inner.patch_drop = PatchDropoutWithIndices(p, num_prefix_tokens=inner.num_prefix_tokens)
-    elif hasattr(inner, "patch_drop"):
+    elif hasattr(inner, "patch_drop") and hasattr(inner, "num_prefix_tokens"):  # SAM's windows want every patch
         inner.patch_drop = PatchDropout(p, num_prefix_tokens=inner.num_prefix_tokens)
     elif hasattr(inner, "patch_dropout"):  # open_clip's own module chooses on the CPU, which the GPU then waits for
         inner.patch_dropout = PatchDropout(p)
@@ -518,7 +527,7 @@ def extract_features(net, file, paths, views, args, device, rank=0, world=1):
         if isinstance(layer, _BatchNorm):
             layer.float()
     if args.compile:
-        tower.compile()
+        tower.compile(dynamic=False)
 
     # written beside, under the name of this run: another run may be making the same file
     part, done = (file.with_suffix(f".{Path(args.out).name}.{end}") for end in ("part", "done"))
@@ -789,7 +798,6 @@ def open_log(file, args, step):
 
 def describe(net, groups, spec, args, device, autocast):
     """--dry-run: what will be trained, at what lr, and what a step costs."""
-    from torch.utils.flop_counter import FlopCounterMode
     for g in groups:
         print(f"  depth {g['depth']:>3} · lr {g['peak']:.2e} · weight decay {g['weight_decay']:g} · "
               f"{count(g['params']):>12,} parameters")
@@ -808,16 +816,27 @@ def describe(net, groups, spec, args, device, autocast):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast():
             net.forward(images(n)).sum()
         return sum(found.values())
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        net.forward(images(1))
     per_image = kept(2) - kept(1)
     once = max(0, kept(1) - per_image)  # what does not grow with the batch are weights, cast or not
     trained = sum(count(g["params"]) for g in groups)
     weights = count(net.parameters()) * (2 if args.ema else 1)
     state = 4 * (weights + 3 * trained)  # bytes: weights and their EMA; gradient and two moments
-    print(f"  {flops.get_total_flops() / 1e9:.2f} GFLOP per image forward ({3 + args.grad_checkpointing} times that to "
+    print(f"  {count_flops(net, images(1)) / 1e9:.4g} GFLOP per image forward ({3 + args.grad_checkpointing} times that to "
           f"train) · memory, estimated: {state / 2**30:.2f} GiB weights and optimiser + "
           f"{(once + per_image * args.batch_size) / 2**30:.2f} GiB activations at --batch-size {args.batch_size}")
+
+
+def count_flops(net, images):
+    """FLOPs of a forward pass, an addition and a multiplication being two. The counter knows matrix products and
+    convolutions, but not every fused kernel of attention: so without those."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        net.forward(images)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    return flops.get_total_flops()
 
 
 def count(params):
@@ -865,7 +884,8 @@ def parse_args(argv=None):
     g.add_argument("--warmup", type=int, help=f"steps, at most a fifth of the run; {unset('warmup')}")
     g.add_argument("--grad-clip-norm", type=float, default=1.0, help="0 = off")
     g.add_argument("--hflip", type=float, metavar="P", help=f"probability of a mirror image; {unset('hflip')}")
-    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where hardware has it")
+    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
+                   help="auto: bf16 where hardware has it; fp32 is TF32 on a GPU")
     g.add_argument("--compile", action="store_true", help="in place; pays off from some hundred steps on")
     g = p.add_argument_group("ft")
     g.add_argument("--mixgen", type=float, metavar="FRACTION", help=f"of a batch, to blend; {unset('mixgen')}")
@@ -1095,7 +1115,7 @@ def main():
         if args.ema:
             models["ema"] = ema = copy.deepcopy(net).requires_grad_(False)
         if args.compile:
-            net.compile()  # in place: wrapping would rename every key of the checkpoint
+            net.compile(dynamic=False)  # in place: wrapping would rename every key of the checkpoint
         if world > 1:
             gpus = [device.index] if device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(net, device_ids=gpus)
@@ -1252,14 +1272,14 @@ def main():
                 print(log_line(step, total, row, score, eta=(total - step) * batch / rate), flush=True)
             if args.dry_run:
                 break
-            seen, waited, logged = torch.zeros_like(seen), 0.0, step
+            seen, waited, logged, clock = torch.zeros_like(seen), 0.0, step, time.perf_counter()
+        paused = time.perf_counter()
         if epoch_end:
             score = validate()
         if stopping or saving or step == total:
             save()
             saved = time.perf_counter()
-        if logging:
-            clock = time.perf_counter()  # images/s are those of training
+        clock += time.perf_counter() - paused  # images/s are those of training
 
     if world > 1:  # not after an error: the others would be waited for
         dist.destroy_process_group()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development data (../shared/data) is not here")
 
 
-def command(script, *args, ok=True, cwd=None, env=None, timeout=300):
+def command(script, *args, ok=True, cwd=None, env=None, timeout=600):
     """Run `python script args` -> CompletedProcess. With ok=False it must say why on stderr, without a traceback, and
     exit non-zero."""
     done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,

@@ -646,7 +646,7 @@ def hashes(folder):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    return out, command("clean.py", "--out", out, timeout=280).stdout
+    return out, command("clean.py", "--out", out, timeout=600).stdout
 
 
 def test_demo_loses_exactly_its_dirt(demo):
@@ -760,7 +760,7 @@ def test_killed_and_resumed_is_the_same(world, tmp_path, monkeypatch):
         p = subprocess.Popen([sys.executable, "-c", FAKED + "clean.main()", *map(str, flags)], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         if kill is None:
-            printed = p.communicate(timeout=200)[0]
+            printed = p.communicate(timeout=600)[0]
             assert p.returncode == 0, printed
             return
         log = tmp_path / f"{out}.partial/images/.log"
@@ -972,7 +972,7 @@ def test_two_ranks_give_the_same_bytes(raw, tmp_path):
     for name, launch in (("one", []), ("two", torchrun)):
         flags = [raw / "prompts.csv", "--out", tmp_path / name / "out", "--val-fraction", ".2", "--workers", "1"]
         done = subprocess.run([sys.executable, *launch, *map(str, [tmp_path / "go.py", ROOT, *flags])],
-                              capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote") == 1, "rank 0 alone speaks and writes"
     assert hashes(tmp_path / "one/out") == hashes(tmp_path / "two/out")

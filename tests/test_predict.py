@@ -398,7 +398,7 @@ def test_torchrun_gives_the_same_bytes(trained, raw, tmp_path):
                         "predict.embed = embed; predict.main()")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", counting]
     done = subprocess.run([*torchrun, *map(str, args), tmp_path / "2.csv", "--out", tmp_path / "2.npz"],
-                          capture_output=True, text=True, env=env, timeout=280)
+                          capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 2, "rank 0 alone speaks"
     batches = [len((tmp_path / f"rank{r}").read_text().split()) for r in range(2)]

@@ -14,6 +14,7 @@ and does not count. Progress goes to stderr.
 """
 import argparse
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -106,7 +107,9 @@ def ours(*flags, here=False):
         with redirect_stdout(sys.stderr):
             train.guarded()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # gigabytes that the plain loop freed and glibc kept
+        gc.collect()  # gigabytes that the plain loop freed and the allocators kept
+        torch.cuda.empty_cache()
+        ctypes.CDLL(None).malloc_trim(0)
         subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr)
     seconds, out = time.perf_counter() - started, Path(flags[flags.index("--out") + 1])
     log = out / flags[flags.index("--phase") + 1] / "metrics.jsonl"
@@ -176,7 +179,6 @@ def lp_speed(model, spec, plain, targets, prompts, rows, val, args, flags, devic
 
 def ft_speed(model, spec, plain, targets, rows, work, args, flags, device):
     """The frozen forward pass and ft, images/s."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     loader_args = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
     net = train.Net(train.build_tower(spec), spec).to(device).eval()
     precision = train.pick_precision("auto", device, net.tower)[2]
@@ -184,7 +186,7 @@ def ft_speed(model, spec, plain, targets, rows, work, args, flags, device):
                                   compile=args.compile, precision=precision)
 
     def plain_frozen():
-        times = [now(device)]
+        times = []
         with torch.no_grad():
             for x, _ in DataLoader(plain, args.frozen_batch, drop_last=True, **loader_args):
                 net.tower(x.to(device))
@@ -194,12 +196,13 @@ def ft_speed(model, spec, plain, targets, rows, work, args, flags, device):
         return args.frozen_batch * (len(times) - 1) / (times[-1] - times[0])
 
     def our_frozen():
-        """All of it: the hash of the weights, the loader's start, the file on disk."""
+        """As train.py does it, the file on disk included. The first batch, and the last, which may be short, do not
+        count."""
         shutil.rmtree(work / ".features", ignore_errors=True)
-        started = now(device)
-        file = train.features_file(net, model, len(plain), 1, settings)
+        file, times = train.features_file(net, model, len(plain), 1, settings), []
+        net.pixels = lambda x: times.append(now(device)) or train.Net.pixels(net, x)
         train.extract_features(net, file, plain.pictures.paths, 1, settings, device)
-        return len(plain) / (now(device) - started)
+        return args.frozen_batch * (len(times) - 2) / (times[-1] - times[1])
 
     def plain_ft():
         net = train.Net(train.build_tower(spec), spec).to(device)
@@ -225,6 +228,8 @@ def ft_speed(model, spec, plain, targets, rows, work, args, flags, device):
         shutil.rmtree(work / model.replace(":", "_"))
         return statistics.median(r["images_per_s"] for r in found)
 
+    if len(plain) < 3 * args.frozen_batch:
+        sys.exit(f"--rows {len(rows)}: the first and the last batch do not count; need 3 times --frozen-batch pictures")
     found = []
     _, frozen, line = in_turns(args.rounds, plain_frozen, our_frozen)
     print(f"frozen, {model} at {spec['image_size']} px, {precision}: {line}", flush=True)
@@ -233,11 +238,10 @@ def ft_speed(model, spec, plain, targets, rows, work, args, flags, device):
     print(f"ft, {model} at {spec['image_size']} px, batch {args.batch_size}, {precision}: {line} · data wait "
           f"{found[-1]['data_wait']:.0%} · peak {found[-1]['memory_gib']:.1f} GiB", flush=True)
     if args.peak_tflops:
-        from torch.utils.flop_counter import FlopCounterMode
-        with torch.no_grad(), FlopCounterMode(display=False) as flops:
-            train.Net(train.build_tower(spec), spec)(torch.zeros(1, 3, spec["image_size"], spec["image_size"]))
-        work = flops.get_total_flops() / args.peak_tflops / 1e12
-        print(f"of {args.peak_tflops:g} TFLOP/s: frozen {work * frozen:.0%}, ft {3 * work * trained:.0%}", flush=True)
+        flops = train.count_flops(net, torch.zeros(1, 3, spec["image_size"], spec["image_size"]))
+        share = flops / args.peak_tflops / 1e12
+        print(f"of {args.peak_tflops:g} TFLOP/s, {flops / 1e9:.4g} GFLOP an image: frozen {share * frozen:.0%}, "
+              f"ft {3 * share * trained:.0%}", flush=True)
     if args.pairs:
         hours = args.pairs * (1 / frozen + 3 / trained) / 3600
         print(f"{args.pairs:,} pairs, lp and 3 epochs of ft, at these speeds: {hours:.1f} hours", flush=True)
@@ -331,6 +335,7 @@ def main():
     if args.lp and not args.data:
         p.error("--lp needs --data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     work = Path(tempfile.mkdtemp())
     data = Path(args.data or drawn(args.rows or 256, work / "data"))
     if args.data and (args.rows or not args.lp):
