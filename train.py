@@ -27,6 +27,7 @@ import time
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,7 @@ def load_net(path, image_size=None):
     path = find_checkpoint(path)
     meta, state = load_meta(path), load_file(path)
     try:
+        import_module("timm" if meta["tower"]["model"].startswith("timm:") else "open_clip")  # imports make tensors
         meta["tower"]["image_size"] = image_size or meta["tower"]["image_size"]
         for device in ("meta", "cpu"):  # first without memory: what it claims to be may be larger than what it is
             with torch.device(device):
@@ -821,8 +823,9 @@ def describe(net, groups, spec, args, device, autocast):
     trained = sum(count(g["params"]) for g in groups)
     weights = count(net.parameters()) * (2 if args.ema else 1)
     state = 4 * (weights + 3 * trained)  # bytes: weights and their EMA; gradient and two moments
-    print(f"  {count_flops(net, images(1)) / 1e9:.4g} GFLOP per image forward ({3 + args.grad_checkpointing} times that to "
-          f"train) · memory, estimated: {state / 2**30:.2f} GiB weights and optimiser + "
+    flops = count_flops(net, images(1)) / 1e9
+    print(f"  {flops:.4g} GFLOP per image forward ({3 + args.grad_checkpointing} times that to train) · memory, "
+          f"estimated: {state / 2**30:.2f} GiB weights and optimiser + "
           f"{(once + per_image * args.batch_size) / 2**30:.2f} GiB activations at --batch-size {args.batch_size}")
 
 
