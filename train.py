@@ -385,7 +385,8 @@ def load_net(path, image_size=None):
     path = find_checkpoint(path)
     meta, state = load_meta(path), load_file(path)
     try:
-        import_module("timm" if meta["tower"]["model"].startswith("timm:") else "open_clip")  # imports make tensors
+        # not under "meta" below: the first import makes tensors of its own
+        import_module("timm" if meta["tower"]["model"].startswith("timm:") else "open_clip")
         meta["tower"]["image_size"] = image_size or meta["tower"]["image_size"]
         for device in ("meta", "cpu"):  # first without memory: what it claims to be may be larger than what it is
             with torch.device(device):

@@ -646,7 +646,7 @@ def hashes(folder):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
-    return out, command("clean.py", "--out", out, timeout=600).stdout
+    return out, command("clean.py", "--out", out).stdout
 
 
 def test_demo_loses_exactly_its_dirt(demo):

@@ -1041,6 +1041,20 @@ def test_checkpoints_that_are_none(lp, tmp_path):
         load_net(tmp_path / "nothing")
 
 
+def test_libraries_are_not_imported_under_meta(lp):
+    """Where load_net looks whether a checkpoint fits, without memory: what they make on import must be real."""
+    code = """if True:
+        import sys, torch, train
+        class Spy:
+            def find_spec(name, *_):
+                if name == "open_clip":
+                    print(torch.get_default_device())
+        sys.meta_path.insert(0, Spy)
+        train.load_net(sys.argv[1])"""
+    done = subprocess.run([sys.executable, "-c", code, lp], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.stdout.split() == ["cpu"], done.stderr
+
+
 def test_one_line_for_every_mistake(main, lp, data, flags, copy, tmp_path):
     ft = ["--phase", "ft", *flags, "--out", tmp_path / "r"]
     other = copy(data)
