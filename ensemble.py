@@ -1,82 +1,66 @@
 """
 Average the predictions of several models, with weights learned where the truth is known if that pays.
-Reads preds/*.npz (predict.py) or Kaggle CSVs of anybody's models; writes one npz, its weights as JSON, and a picture.
+Reads preds/*.npz (predict.py) or Kaggle CSVs of anybody's models; writes one npz, its weights as JSON, and a chart.
+
 $ python ensemble.py                                            # every npz in preds/ except an earlier ensemble
 $ python ensemble.py test_a.npz other.csv --fit val/*.npz val/other.csv --submission submission.csv
-$ python ensemble.py --soup runs/seed0/ft runs/seed1/ft --out runs/soup      # average the weights of runs instead
+$ python ensemble.py --soup runs/a/ft runs/b/ft --out runs/soup    # average the weights of runs instead (also WiSE-FT:
+                                                                   # --soup runs/a/lp runs/a/ft)
+The cosine of a weighted average is w.a / sqrt(w' G w), with a the members' cosines and G their inner products, so
+learning never touches the embeddings.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
 
-from clean import atomic, run
-from predict import (Viewer, order_for, predict, read_preds, read_validation, refuse_existing, write_preds,
+from clean import atomic, make_parser
+from predict import (TTAModel, describe, order_for, predict, read_preds, read_validation, refuse_existing, write_preds,
                      write_submission)
-from train import find_checkpoint, load_net, save_net
+from train import find_checkpoint, load_model, pick_device, save_model
 
-BLOCK = 4096  # rows at a time: memory is the members and little else
-PER_DIM_ROWS = 10_000  # that a weight per model and dimension is learned on; 5th place gained 0.0002 by such weights
+BLOCK = 4096   # rows at a time: memory is the members and little else
+FOLDS = 5      # of the cross-validation, by group
+MIN_ROWS = 100  # fewer rows of known truth are too few to learn weights on
 
 
-# ---------------------------------------------------------------------------------------------------------- the members
+# -------------------------------------------------------------------------------------------------------- the members
 
-def load_members(names, intersect=False):
-    """Predictions joined by id, in the order of the first -> dict: ids, x [M unit rows (N, D)], keys, targets, groups.
-    Different ids are an error that lists the first few; with `intersect`, the rows that all members have are used."""
-    ids, truth, rows, x, keys = None, None, [], [], []
+def load_members(names):
+    """Predictions joined by id, in the order of the first -> dict: ids, x [M unit rows (N, D)], keys (what each was made
+    by), targets or None, groups or None. Exits in one line where ids, widths or targets differ."""
+    ids, truth, groups, x, keys = None, None, None, [], []
     for name in names:  # one file at a time: the targets that each carries are not held
         m = read_preds(name)
         row = {i: n for n, i in enumerate(m["ids"].tolist())}
         ids = ids or list(row)
         missing, extra = set(ids) - set(row), set(row) - set(ids)
-        if (missing or extra) and not intersect:
+        if missing or extra:
             sys.exit(f"{name}: ids differ from those of {names[0]}: {len(missing)} missing {sorted(missing)[:3]}, "
-                     f"{len(extra)} extra {sorted(extra)[:3]}; "
-                     "predict the same images, or go on with those in common: --intersect")
-        ids = [i for i in ids if i in row]
-        width = m["embeddings"].shape[1]
-        if not ids:
-            sys.exit(f"{name}: has no id in common with those before it")
-        if x and width != x[0].shape[1]:
-            sys.exit(f"{name}: embeddings of width {width}, {names[0]} has {x[0].shape[1]}")
+                     f"{len(extra)} extra {sorted(extra)[:3]}; predict the same images")
+        order = [row[i] for i in ids]
+        x.append(unit(m["embeddings"], order))
+        if x[-1].shape != x[0].shape:
+            sys.exit(f"{name}: embeddings of width {x[-1].shape[1]}, {names[0]} has {x[0].shape[1]}")
         if m["targets"] is not None:
-            targets = unit(m["targets"])
-            truth = truth or (row, targets, m["groups"])
-            if (pick(targets, row, ids) - pick(truth[1], truth[0], ids)).abs().max() > 1e-3:
+            targets = unit(m["targets"], order)
+            if truth is not None and (targets - truth).abs().max() > 1e-3:
                 sys.exit(f"{name}: its targets differ from those of a member before it; "
                          "they must be of the same pairs and text encoder")
-        rows.append(row)
-        x.append(unit(m["embeddings"]))
-        keys.append(key_of(m))
-    for n, row in enumerate(rows):
-        x[n] = pick(x[n], row, ids)
-    row, targets, groups = truth or (None, None, None)
-    return {"ids": ids, "x": x, "keys": keys, "targets": None if targets is None else pick(targets, row, ids),
-            "groups": None if groups is None else pick(groups, row, ids)}
+            truth = targets if truth is None else truth
+            groups = m["groups"][order] if groups is None and m["groups"] is not None else groups
+        keys.append((m["checkpoint"] or m["run"], tuple(m["views"])))
+    return {"ids": ids, "x": x, "keys": keys, "targets": truth, "groups": groups}
 
 
-def pick(x, row, ids):
-    """Rows of x by id, not copied where they are in order already. row {id: number}"""
-    order = [row[i] for i in ids]
-    return x if order == list(range(len(x))) else x[order]
-
-
-def unit(x):
-    """Rows of an array -> unit rows, float32 tensor, in the array's own memory where it is float32."""
+def unit(x, order):
+    """Rows of an array, in `order` -> unit rows, float32 tensor; in the array's own memory where it can be."""
     x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    x = x if order == list(range(len(x))) else x[order]
     return x.div_(x.norm(dim=1, keepdim=True).clamp_min(1e-12))
-
-
-def key_of(preds):
-    """What a prediction was made by: its weights (by hash where known: a moved run is the same run) and its views."""
-    return preds["checkpoint"] or preds["run"], tuple(preds["views"])
 
 
 def match(keys, fit_keys, names, fit_names):
@@ -93,22 +77,10 @@ def match(keys, fit_keys, names, fit_names):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------- the weights
-
-class WeightedAverage(nn.Module):
-    """One weight per model (or per model and dimension), started at 1. [M of unit rows (N, D)] -> unit rows (N, D)."""
-
-    def __init__(self, models, dims=1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(models, dims))
-
-    def forward(self, x):
-        return F.normalize(sum(w * m for w, m in zip(self.weight, x)), dim=-1)
-
+# -------------------------------------------------------------------------------------------------------- the weights
 
 def gram(x, y):
-    """All that the cosine of a weighted average depends on, since cos = w.a / sqrt(w' G w): a (N, M) cosines of the
-    members, g (N, M * M) their inner products. A fit then costs N M^2 a step, not N M D, and reads no embedding."""
+    """[M of unit rows (N, D)], targets (N, D) -> a (N, M) cosines of the members, g (N, M * M) their inner products."""
     a, g = [], []
     for rows in torch.arange(len(y)).split(BLOCK):
         m = torch.stack([v[rows] for v in x], 1)  # (B, M, D)
@@ -122,328 +94,223 @@ def cosines(w, a, g):
     return (a @ w) / (g @ torch.outer(w, w).flatten()).clamp_min(1e-12).sqrt()
 
 
-def minimise(loss, parameters, steps=100):
-    """Full-batch L-BFGS: deterministic, no learning rate. `loss()` does its own backward and returns a float tensor."""
-    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+def fit(a, g, steps=100):
+    """Weights (M,) >= 0 that sum to 1 and maximise the mean cosine, as squares by L-BFGS: no learning rate to choose."""
+    v = torch.ones(a.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([v], max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        return loss()
+        loss = -cosines(v.square(), a, g).mean()
+        loss.backward()
+        return loss
 
     optimizer.step(closure)
-
-
-def fit(a, g, kind="nonneg", start=None):
-    """Weights (M,) that maximise the mean cosine, absolute values summing to 1. nonneg: as squares; free: any sign."""
-    v = torch.ones(a.shape[1]) if start is None else start.clone()
-    v.requires_grad_()
-    weights = lambda: v.square() if kind == "nonneg" else v  # noqa: E731
-
-    def loss():
-        value = -cosines(weights(), a, g).mean()
-        value.backward()
-        return value.detach()
-
-    minimise(loss, [v])
-    w = weights().detach()
-    return w / w.abs().sum()
-
-
-def fit_per_dim(x, y, start, kind="nonneg", steps=30):
-    """Weights (M, D), from `start` (M,): this needs the rows themselves, in blocks, at most PER_DIM_ROWS of them."""
-    rows = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:PER_DIM_ROWS].sort().values
-    net = WeightedAverage(len(x), y.shape[1])
-    net.weight.data = start[:, None].repeat(1, y.shape[1]) * len(x)
-
-    def loss():
-        total = 0
-        for r in rows.split(BLOCK):
-            value = -(net([m[r] for m in x]) * y[r]).sum() / len(rows)
-            value.backward()
-            total = total + value.detach()
-        return total
-
-    minimise(loss, [net.weight], steps)
-    w = net.weight.detach().clamp_min(0) if kind == "nonneg" else net.weight.detach()
-    return w / w.abs().sum(0).clamp_min(1e-12)
+    w = v.detach().square()
+    return w / w.sum()
 
 
 def average(x, w):
-    """[M of unit rows (N, D)], weights (M,) or (M, D) -> unit rows (N, D)."""
-    net = WeightedAverage(len(x))
-    net.weight.data = w.reshape(len(x), -1)
-    with torch.no_grad():
-        return torch.cat([net([m[r] for m in x]) for r in torch.arange(len(x[0])).split(BLOCK)])
+    """[M of unit rows (N, D)], weights (M,) -> unit rows (N, D)"""
+    blocks = torch.arange(len(x[0])).split(BLOCK)
+    return torch.cat([torch.nn.functional.normalize(sum(a * m[rows] for a, m in zip(w, x)), dim=-1) for rows in blocks])
 
 
-def folds_of(groups, folds, seed=0):
+def folds_of(groups, seed=0):
     """-> fold (N,) of every row. Near-identical prompts share a group, so they share a fold."""
     names, index = np.unique(groups, return_inverse=True)
-    return torch.from_numpy(np.random.default_rng(seed).permutation(len(names))[index] % min(folds, len(names)))
+    return torch.from_numpy(np.random.default_rng(seed).permutation(len(names))[index] % min(FOLDS, len(names)))
 
 
-def cross_validate(fold, learn, apply):
+def cross_validate(fold, a, g):
     """Cosine of every row under weights that were learned without its fold -> (N,)"""
     out = torch.zeros(len(fold))
     for k in fold.unique():
-        inside = (fold == k).nonzero()[:, 0]
-        out[inside] = apply(learn((fold != k).nonzero()[:, 0]), inside)
+        out[fold == k] = cosines(fit(a[fold != k], g[fold != k]), a[fold == k], g[fold == k])
     return out
 
 
-def without_each(a, g, score):
-    """score(kept, their a, their g) with each member left out in turn -> [M floats]"""
-    rows, models = a.shape
-    quick, scores = rows * models < 100_000, []
-    for m in tqdm(range(models), desc="leave one out", unit="member", leave=False, disable=quick or None):
+def parse_weights(text, models):
+    """"learned", "uniform" -> None; "A,B,..." -> tensor (M,) whose absolute values sum to 1"""
+    if text in ("learned", "uniform"):
+        return None
+    try:
+        w = torch.tensor([float(v) for v in text.split(",")])
+    except ValueError:
+        sys.exit(f"--weights {text}: must be learned, uniform, or numbers like 2,1,1")
+    if len(w) != models or not w.isfinite().all() or not w.abs().sum() > 0:
+        sys.exit(f"--weights {text}: {len(w)} numbers for {models} members; they must be as many, finite and not all 0")
+    return w / w.abs().sum()
+
+
+def choose_weights(report, val, text):
+    """Print what each member, the plain average and learned weights are worth on rows of known truth, cross-validated,
+    and what the average loses without each member. -> weights (M,), what they are. Learned weights are used only where
+    they win by two standard errors over at least MIN_ROWS rows."""
+    models = len(val["x"])
+    fixed, uniform = parse_weights(text, models), torch.full((models,), 1 / models)
+    weights, used = (uniform, "uniform") if fixed is None else (fixed, "fixed")
+    if val["targets"] is None:
+        print(f"no targets known: {used} weights (learn them with --fit VAL.npz ...)")
+        return weights, used
+    a, g = gram(val["x"], val["targets"])
+    n, members = len(a), report["members"]
+    for member, c in zip(members, a.unbind(1)):
+        member["cosine"], member["se"] = float(c.mean()), standard_error(c)
+        print(f"{member['name']}  {describe(c.numpy())}")
+    plain = cosines(weights, a, g)
+    report |= {"n": n, used: float(plain.mean()), "se": standard_error(plain)}
+    print(f"{'plain average' if fixed is None else 'fixed weights'}  {describe(plain.numpy())}  (n = {n:,})")
+    fold = folds_of(np.arange(n) if val["groups"] is None else val["groups"])
+    if text == "learned" and models > 1 and len(fold.unique()) > 1:
+        gain = (learned := cross_validate(fold, a, g)) - plain
+        report |= {"learned": float(learned.mean()), "gain": float(gain.mean()), "gain_se": standard_error(gain)}
+        pays = n >= MIN_ROWS and report["gain"] > 2 * report["gain_se"]
+        print(f"learned weights  {describe(learned.numpy())}  ({len(fold.unique())} folds by group; over plain "
+              f"{report['gain']:+.5f} ± {report['gain_se']:.5f})")
+        if pays:
+            weights, used = fit(a, g), "learned"
+        print(f"used: {used} weights, because the learned ones {'beat' if pays else 'do not beat'} the plain average by "
+              f"two standard errors{'' if n >= MIN_ROWS else f' over at least {MIN_ROWS} rows'}")
+    for m in range(models) if models > 1 else ():
         kept = [i for i in range(models) if i != m]
-        pairs = g.reshape(rows, models, models)[:, kept][:, :, kept]
-        scores.append(float(score(kept, a[:, kept], pairs.flatten(1))))
-    return scores
+        rest, pairs = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
+        w = weights[kept] if weights[kept].any() else torch.ones(models - 1)
+        w = fit(rest, pairs) if used == "learned" else w
+        members[m]["leave_one_out"] = float(cosines(weights, a, g).mean() - cosines(w, rest, pairs).mean())
+        print(f"{members[m]['name']}: weight {weights[m]:.3f}, the average loses {members[m]['leave_one_out']:+.5f} without it")
+    return weights, used
 
 
-def error_correlation(a, g):
-    """Correlation of the members' errors x - y over rows and dimensions -> (M, M). An ensemble lives from low ones."""
-    e = (g.reshape(len(a), a.shape[1], -1) - a[:, :, None] - a[:, None] + 1).mean(0)
-    size = e.diag().clamp_min(1e-12).sqrt()
-    return e / size.outer(size)
-
-
-def mean_and_error(c):
-    """-> [mean, its standard error]"""
-    return [float(c.mean()), float(c.std(correction=int(len(c) > 1)) / len(c) ** .5)]
-
-
-def describe(c):
-    return "{:.4f} ± {:.4f}".format(*mean_and_error(c))
+def standard_error(c):
+    return float(c.std(correction=int(len(c) > 1)) / len(c) ** .5)
 
 
 def draw(path, report):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot, which wants a display
     members = report["members"]
-    labels = [m["name"] for m in members]
-    fig, axes = plt.subplots(1, 2 if "uniform" in report else 1, figsize=(10, 0.4 * len(members) + 1.8), squeeze=False)
-    axes[0, 0].barh(labels, [m["weight"] for m in members], color="#4878a8")
-    axes[0, 0].set_xlabel(f"weight ({report['used']})")
-    if "uniform" in report:
-        bars = [(m["name"], m["cosine"], m["se"], "#9ab4cf") for m in members]
-        bars.append(("uniform", *report["uniform"], "#777777"))
-        if "learned" in report:
-            bars.append(("learned, cross-validated", *report["learned"], "#c8692c"))
-        names, means, errors, colours = zip(*bars)
-        axes[0, 1].barh(names, means, xerr=errors, color=colours)
-        axes[0, 1].set_xlim(max(0, min(means) - 0.05), max(means) + 0.02)
-        axes[0, 1].set_xlabel(f"mean cosine ± standard error (n = {report['n']:,})")
-    for ax in axes[0]:
+    fig = Figure(figsize=(10, 0.4 * len(members) + 1.8), layout="tight")
+    axes = fig.subplots(1, 2 if "n" in report else 1, squeeze=False)[0]
+    axes[0].barh([m["name"] for m in members], [m["weight"] for m in members], color="#4878a8")
+    axes[0].set_xlabel(f"weight ({report['used']})")
+    if "n" in report:
+        bars = {m["name"]: m["cosine"] for m in members} | {k: report[k] for k in ("uniform", "fixed", "learned") if k in report}
+        axes[1].barh(list(bars), list(bars.values()), color=["#9ab4cf"] * len(members) + ["#777777", "#c8692c"])
+        axes[1].set(xlim=(max(0, min(bars.values()) - 0.05), max(bars.values()) + 0.02),
+                    xlabel=f"mean cosine (n = {report['n']:,}; learned: cross-validated)")
+    for ax in axes:
         ax.invert_yaxis()
         ax.spines[["top", "right"]].set_visible(False)
-    fig.tight_layout()
     with atomic(path) as f:
         fig.savefig(f, format="png", dpi=110)
-    plt.close(fig)
 
 
-# ------------------------------------------------------------------------------------------------------------- the soup
+# ----------------------------------------------------------------------------------------------------------- the soup
 
-def make_soup(runs, out, batch_size, workers):
+def make_soup(runs, out):
     """Greedy model soup (arXiv 2203.05482): from the best run to the worst, each joins the average of the weights if
     validation gets better by it. Written as a run, OUT/ft, that predict.py uses like any other."""
     checkpoints = [find_checkpoint(r) for r in runs]
-    nets, metas = zip(*map(load_net, checkpoints))
-    meta = metas[0]
+    models, metas = zip(*map(load_model, checkpoints))
     for path, other in zip(checkpoints, metas):
-        for key in ("tower", "head", "text_model", "data_hashes"):
-            if other[key] != meta[key]:
-                sys.exit(f"{path}: another {key} than {checkpoints[0]}; "
-                         "a soup averages runs of one tower on one data set")
-    _, paths, targets, unchanged = read_validation(meta)
+        for key in ("backbone", "head", "dim", "text_model", "data_hashes"):
+            if other[key] != metas[0][key]:
+                sys.exit(f"{path}: another {key} than {checkpoints[0]}; a soup averages runs of one backbone on one data set")
+    _, paths, targets, unchanged = read_validation(metas[0])
     if not unchanged:
-        sys.exit(f"{meta['data']}: has changed since these runs were trained on it; "
+        sys.exit(f"{metas[0]['data']}: has changed since these runs were trained on it; "
                  "a soup is chosen on their validation rows")
-    viewer = Viewer(checkpoints[0], ["image"], device="cuda" if torch.cuda.is_available() else "cpu")
-    net = next(iter(viewer.nets.values()))
-    states = [n.state_dict() for n in nets]
+    scorer, states = TTAModel(checkpoints[0], "auto", pick_device()), [m.state_dict() for m in models]
 
     def mix(some):
         return {k: torch.stack([states[i][k].float() for i in some]).mean(0).to(v.dtype) for k, v in states[0].items()}
 
     def validate(state):
-        net.load_state_dict(state)
-        batches = predict(viewer, paths, batch_size, workers)
-        return float(np.mean(np.concatenate([(y * targets[row:row + len(y)]).sum(1) for row, y, _ in batches])))
+        scorer.model.load_state_dict(state)
+        y, _ = predict(scorer, paths, ["image"], SimpleNamespace(batch_size=64, workers=2))
+        return float((y * targets).sum(1).mean())
 
     alone = [validate(s) for s in states]
-    order = np.argsort([-s for s in alone], kind="stable")
-    chosen, best = [order[0]], alone[order[0]]
+    order = np.argsort([-s for s in alone], kind="stable").tolist()
+    chosen, best = order[:1], alone[order[0]]
     for i in order[1:]:
         score = validate(mix([*chosen, i]))
-        verdict = "joins" if score > best else "stays out"
-        print(f"{alone[i]:.4f} alone, {score:.4f} with those above ({verdict})  {checkpoints[i].parent}")
+        print(f"{alone[i]:.4f} alone, {score:.4f} with those above ({'joins' if score > best else 'stays out'})  {runs[i]}")
         if score > best:
             chosen, best = [*chosen, i], score
-    everybody = validate(mix(range(len(runs))))
-    print(f"best alone {alone[order[0]]:.4f} {checkpoints[order[0]].parent} · "
-          f"average of all {len(runs)} {everybody:.4f} · greedy soup of {len(chosen)} {best:.4f} (n = {len(paths)})")
-    nets[0].load_state_dict(mix(chosen))
-    meta = {**meta, "phase": "ft", "val_cosine": best, "soup": [str(checkpoints[i].parent) for i in chosen]}
-    save_net(nets[0], meta, out / "ft/best.safetensors")
+    print(f"best alone {alone[order[0]]:.4f} {runs[order[0]]} · average of all {len(runs)} {validate(mix(order)):.4f} · "
+          f"greedy soup of {len(chosen)} {best:.4f} (n = {len(paths)})")
+    models[0].load_state_dict(mix(chosen))
+    save_model(models[0], {**metas[0], "phase": "ft", "val_cosine": best, "soup": [runs[i] for i in chosen]},
+               out / "ft/best.safetensors")
     with atomic(out / "ft/metrics.jsonl", "w") as f:
         f.write(json.dumps({"step": 0, "val_cosine": best, "done": True}) + "\n")
     print(f"wrote {out}/ft; predict with: python predict.py --run {out}")
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------------------------- main
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Learned weighted average of several models' predictions.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = make_parser(__doc__)
     p.add_argument("preds", nargs="*", metavar="PREDS", help="members: npz of predict.py or Kaggle CSVs; "
                    "none = every npz in preds/ except an earlier ensemble")
     p.add_argument("--fit", nargs="+", metavar="VAL", help="predictions of the same runs where targets are known, "
                    "to learn the weights on; unset = the members themselves")
-    p.add_argument("--intersect", action="store_true", help="where ids differ, go on with those that all members have")
-    p.add_argument("--soup", nargs="+", metavar="RUN", help="average the weights of these runs of one tower instead, "
+    p.add_argument("--weights", default="learned", help="learned, used if they beat the plain average in "
+                   "cross-validation by two standard errors; uniform; or fixed: A,B,...")
+    p.add_argument("--soup", nargs="+", metavar="RUN", help="average the weights of these runs of one backbone instead, "
                    "greedily by validation, into the run --out")
-    g = p.add_argument_group("weights")
-    g.add_argument("--weights", default="nonneg", help="nonneg or free: learned, used if they beat uniform in "
-                   "cross-validation; uniform; or fixed: A,B,...")
-    g.add_argument("--per-dim", action="store_true", help="learn a weight per model and dimension")
-    g.add_argument("--folds", type=int, default=5, help="of the cross-validation")
-    g.add_argument("--seed", type=int, default=0, help="of the folds")
-    g = p.add_argument_group("output")
-    g.add_argument("--out", help="file to write, with .json (weights) and .png beside it; "
+    p.add_argument("--out", help="file to write, with .json (weights) and .png beside it; "
                    "unset = preds/ensemble.npz, or runs/soup")
-    g.add_argument("--submission", help="Kaggle CSV to write")
-    g.add_argument("--sample-submission", help="its ids, in its order; unset = sorted ids")
-    g.add_argument("--overwrite", action="store_true", help="replace these files")
-    g = p.add_argument_group("soup")
-    g.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    g.add_argument("--workers", type=int, default=2, help="processes that decode images")
+    p.add_argument("--submission", help="Kaggle CSV to write")
+    p.add_argument("--sample-submission", help="its ids, in its order; unset = sorted ids")
+    p.add_argument("--overwrite", action="store_true", help="replace these files")
     return p.parse_args(argv)
-
-
-def parse_weights(text, models):
-    """"nonneg", "free", "uniform" -> None; "A,B,..." -> tensor (M,)"""
-    if text in ("nonneg", "free", "uniform"):
-        return None
-    try:
-        w = torch.tensor([float(v) for v in text.split(",")])
-    except ValueError:
-        sys.exit(f"--weights {text}: must be nonneg, free, uniform, or numbers like 2,1,1")
-    if len(w) != models:
-        sys.exit(f"--weights {text}: {len(w)} numbers for {models} members")
-    if not w.isfinite().all() or not w.abs().sum() > 0:
-        sys.exit(f"--weights {text}: the numbers must be finite and not all 0")
-    return w / w.abs().sum()
 
 
 def main():
     args = parse_args()
     out = Path(args.out or ("runs/soup" if args.soup else "preds/ensemble.npz"))
-    beside = [out.with_suffix(".json"), out.with_suffix(".png")]
-    refuse_existing([out / "ft/best.safetensors"] if args.soup else [out, *beside, args.submission], args.overwrite)
-    if args.folds < 2:
-        sys.exit(f"--folds {args.folds}: must be at least 2")
-    if args.per_dim and args.weights not in ("nonneg", "free"):
-        sys.exit(f"--per-dim --weights {args.weights}: is for learned weights, nonneg or free")
+    files = [out / "ft/best.safetensors"] if args.soup else [out, out.with_suffix(".json"), out.with_suffix(".png"),
+                                                             args.submission]
+    refuse_existing(files, args.overwrite)
     if args.soup:
-        return make_soup(args.soup, out, args.batch_size, args.workers)
+        return make_soup(args.soup, out)
 
     # the members, and the predictions to learn from: those of --fit, or the members' own
     names = args.preds or sorted(str(p) for p in Path("preds").glob("*.npz") if read_preds(p)["run"] != "ensemble")
     if not names:
         sys.exit("preds/: no predictions there; make some with: python predict.py")
-    fixed = parse_weights(args.weights, len(names))
-    test = val = load_members(names, args.intersect)
+    parse_weights(args.weights, len(names))
+    test = val = load_members(names)
     order = order_for(args.sample_submission, test["ids"]) if args.submission or args.sample_submission else None
     if args.fit:
-        found = match(test["keys"], [key_of(read_preds(n)) for n in args.fit], names, args.fit)
-        val = load_members([args.fit[i] for i in found], args.intersect)
+        keys = [(m["checkpoint"] or m["run"], tuple(m["views"])) for m in map(read_preds, args.fit)]
+        val = load_members([args.fit[i] for i in match(test["keys"], keys, names, args.fit)])
         if val["targets"] is None:
             sys.exit(f"--fit {' '.join(args.fit)}: no targets there; "
                      "predict a validation split: python predict.py --run RUN")
-    x, y, models = val["x"], val["targets"], len(names)
-    members = [{"name": Path(name).stem, "file": name, "run": key[0], "views": list(key[1])}
-               for name, key in zip(names, test["keys"])]
-    report = {"members": members}
-    uniform = torch.full((models,), 1 / models)
-    weights, used = (uniform, "uniform") if fixed is None else (fixed, "fixed")
-    kind = args.weights + (" per dimension" if args.per_dim else "")
-    pays = False  # to learn weights
-
-    if y is None:
-        print(f"no targets known: {used} weights (learn them with --fit VAL.npz ...)")
-    else:
-        # every member, the plain average, and what learning is worth on rows it has not seen
-        a, g = gram(x, y)
-        groups = np.arange(len(y)) if val["groups"] is None else val["groups"]
-        fold = folds_of(groups, args.folds, args.seed)
-        width = max(len("plain average"), *(len(m["name"]) for m in members))
-        for member, c in zip(members, a.unbind(1)):
-            member["cosine"], member["se"] = mean_and_error(c)
-            print(f"{member['name']:<{width}}  {describe(c)}")
-        plain = cosines(uniform, a, g)
-        print(f"{'plain average':<{width}}  {describe(plain)}")
-        report |= {"n": len(y), "uniform": mean_and_error(plain)}
-        if fixed is not None:
-            print(f"{'fixed weights':<{width}}  {describe(cosines(fixed, a, g))}  (n = {len(y):,})")
-        elif args.weights != "uniform" and models > 1 and len(fold.unique()) > 1:
-            def learn(rows):
-                w = fit(a[rows], g[rows], args.weights)
-                return fit_per_dim([m[rows] for m in x], y[rows], w, args.weights) if args.per_dim else w
-
-            def apply(w, rows):
-                if args.per_dim:
-                    return (average([m[rows] for m in x], w) * y[rows]).sum(-1)
-                return cosines(w, a[rows], g[rows])
-
-            learned = cross_validate(fold, learn, apply)
-            report["learned"] = mean_and_error(learned)
-            gain, error = mean_and_error(learned - plain)
-            pays = gain > 0
-            print(f"{'learned weights':<{width}}  {describe(learned)}  ({kind}; {len(fold.unique())} folds by group, "
-                  f"n = {len(y):,}; over plain {gain:+.5f} ± {error:.5f})")
-            if pays:
-                weights, used = learn(slice(None)), kind
-            print(f"used: {used} weights, because the learned ones {'beat' if pays else 'do not beat'} "
-                  "the plain average in cross-validation")
-
-    if y is not None and models > 1:
-        # what each is worth to the others: the score of one weight per model, with it and without
-        def rest(kept, a, g):
-            if pays:
-                return cross_validate(fold, lambda rows: fit(a[rows], g[rows], args.weights),
-                                      lambda w, rows: cosines(w, a[rows], g[rows])).mean()
-            w = fixed[kept] if fixed is not None and fixed[kept].any() else torch.ones(len(kept))
-            return cosines(w, a, g).mean()
-
-        score = float(rest(list(range(models)), a, g))
-        print("\nmember: weight · what the average loses without it · correlation of its errors with the others'")
-        for member, w, without, errors in zip(members, weights, without_each(a, g, rest), error_correlation(a, g)):
-            member |= {"leave_one_out": score - without, "error_correlation": errors.tolist()}
-            print(f"{member['name']:<{width}}  {w.mean():.3f} · {score - without:+.5f} · "
-                  + " ".join(f"{c:.2f}" for c in errors))
+    report = {"members": [{"name": Path(name).stem, "file": name, "run": run, "views": list(views)}
+                          for name, (run, views) in zip(names, test["keys"])]}
+    weights, report["used"] = choose_weights(report, val, args.weights)
 
     # apply, and write
     embeddings = average(test["x"], weights).numpy()
-    for member, w in zip(members, weights):
-        member["weight"] = w.mean().item()
-        if w.ndim:
-            member["weight_per_dim"] = w.tolist()
-    report["used"] = used
+    for member, w in zip(report["members"], weights.tolist()):
+        member["weight"] = w
     if args.submission:
         write_submission(args.submission, test["ids"], embeddings, order)
-        print(f"wrote {args.submission} ({len(test['ids']):,} images)")
     with atomic(out.with_suffix(".json"), "w") as f:
         json.dump(report, f, indent=1)
     draw(out.with_suffix(".png"), report)
     targets = None if test["targets"] is None else test["targets"].numpy()
     write_preds(out, ids=np.array(test["ids"]), embeddings=embeddings, targets=targets, groups=test["groups"],
                 run="ensemble", views=np.array(names))
-    print(f"wrote {out} ({len(test['ids']):,} images, {used} weights), " + ", ".join(p.name for p in beside))
+    print(f"wrote {out} ({len(test['ids']):,} images, {report['used']} weights), {out.stem}.json, {out.stem}.png")
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; nothing was written")
