@@ -31,8 +31,9 @@ import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, process
 from contextlib import contextmanager, suppress
-from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EPERM, EROFS
+from errno import EACCES, EDQUOT, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from functools import lru_cache
+from lzma import LZMAError
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ CHUNK = 2048             # prompts encoded between two writes to the cache: what
 IMAGE_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson"
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz"
-ARCHIVE_ERRORS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error)
+ARCHIVE_ERRORS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error,
+                  LZMAError)
 IMAGE_COLUMNS = "image", "image_name", "filepath", "file_name", "filename", "path"
 PROMPT_COLUMNS = "prompt", "text", "caption"
 ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
@@ -78,7 +80,7 @@ def writing(path):
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError while it handles an OSError
         cause = e if isinstance(e, OSError) else e.__context__
-        if getattr(cause, "errno", None) in (ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM):
+        if getattr(cause, "errno", None) in (ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM, ENOTDIR, ENAMETOOLONG):
             sys.exit(f"{path}: cannot be written ({cause.strerror}); what was there before is unchanged")
         raise
 
@@ -121,7 +123,7 @@ def read_data(folder):
         summary = json.loads((folder / "summary.json").read_text())
         pairs = pl.read_parquet(folder / "pairs.parquet")
         targets = np.load(folder / "targets.npy", mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, pl.exceptions.PolarsError) as e:
+    except (ValueError, OSError, EOFError, pl.exceptions.PolarsError) as e:
         sys.exit(f"{folder}: damaged ({reason(e)}); make it again with clean.py --overwrite")
     found = summary.get("format") if isinstance(summary, dict) else None
     if len(pairs) != len(targets) or found != FORMAT:
@@ -225,6 +227,8 @@ def keep_image(job):
         image = open_rgb(source)
     except BadImage as e:
         return {"rule": e.rule}
+    if max(image.size) > 65_500:  # no JPEG is longer
+        return {"rule": "image too large"}
     if all(low == high for low, high in image.getextrema()):
         return {"rule": "image blank"}
     return store_image(image, folder, size)
@@ -242,8 +246,9 @@ class ImageStore:
             log.parent.mkdir(parents=True, exist_ok=True)
             if not log.exists() and (old / "log.jsonl").exists():
                 shutil.copy(old / "log.jsonl", log)
-                shutil.copytree(old, log.parent, copy_function=os.link, dirs_exist_ok=True,
-                                ignore=shutil.ignore_patterns("log.jsonl"))
+                with suppress(shutil.Error):  # a file system without hard links: the images are decoded again
+                    shutil.copytree(old, log.parent, copy_function=os.link, dirs_exist_ok=True,
+                                    ignore=shutil.ignore_patterns("log.jsonl"))
             self.log = open(log, "a+b")
             self.log.write(b"\n")  # ends a line that a kill tore
         for line in log.read_bytes().splitlines():
@@ -252,13 +257,11 @@ class ImageStore:
                 self.facts[tuple(key)] = facts
 
     def recall(self, key):
-        """Facts of an image that was tried before, its file in place; None where it must be made."""
+        """Facts of an image that is stored already, else None. One that could not be used is tried again, because the
+        disk or its permissions may have been at fault."""
         facts = self.facts.get(key)
-        if facts and "file" in facts:
-            with suppress(OSError):
-                return facts if (self.folder / facts["file"]).stat().st_size == facts["bytes"] else None
-            return None
-        return facts
+        with suppress(OSError, KeyError, TypeError):
+            return facts if (self.folder / facts["file"]).stat().st_size == facts["bytes"] else None
 
     def remember(self, key, facts):
         with writing(self.log.name):
@@ -279,10 +282,12 @@ class ImageStore:
                 keys.append((source, 0, 0, self.size))
         todo = [k for k in dict.fromkeys(keys) if self.recall(k) is None]
         jobs, pool = [(k[0], str(self.folder), self.size) for k in todo], None
-        if self.workers > 1 and len(jobs) > 32:  # the pool's processes leave Ctrl-C to this one
-            pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"),
-                                       signal.signal, (signal.SIGINT, signal.SIG_IGN))
-        made = pool.map(keep_image, jobs, chunksize=8) if pool else map(keep_image, jobs)
+        made = map(keep_image, jobs)
+        if self.workers > 1 and len(jobs) > 32:
+            pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: they leave Ctrl-C to this process
+            made = pool.map(keep_image, jobs, chunksize=8)
+            signal.signal(signal.SIGINT, handler)
         try:
             for key, facts in zip(todo, tqdm(made, "images", len(jobs), unit="image", disable=len(jobs) < 1000)):
                 self.remember(key, facts)
@@ -442,7 +447,7 @@ def top_k(queries, keys, k):
             index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
         index.add(keys)
     except ImportError:  # Kaggle has no faiss
-        matrix = torch.from_numpy(keys).to("cuda" if cuda else "cpu")
+        matrix = torch.tensor(keys, device="cuda" if cuda else "cpu")
 
     def search(q, n):
         if index is not None and (n <= 2048 or not cuda):  # faiss on a GPU takes no more
@@ -450,17 +455,20 @@ def top_k(queries, keys, k):
         best = (torch.from_numpy(q).to(matrix.device) @ matrix.T).topk(n)
         return best.values.cpu().numpy(), best.indices.cpu().numpy()
 
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False  # errs by 1e-3
     step = max(1, min(4096 if k < 16 else 256, 2 ** 26 // max(1, len(keys))))  # float32 scores of a step: 256 MiB
     for start in range(0, len(queries), step):
         todo, n = np.arange(start, min(start + step, len(queries))), k + 3
         while k and len(todo):
             n = min(n, len(keys))
             rough, near = search(q := np.ascontiguousarray(queries[todo]), n)
-            exact = torch.einsum("nd,nkd->nk", torch.from_numpy(q).double(), torch.from_numpy(keys[near]).double()).numpy()
+            # sum() and not einsum, which adds up differently from place to place, so that equal keys would differ
+            exact = (torch.from_numpy(q).double()[:, None] * torch.from_numpy(keys[near])).sum(2).numpy()
             order = np.lexsort((near, -exact))[:, :k]
             cosines[todo], rows[todo] = (np.take_along_axis(a, order, 1) for a in (exact, near))
             unsure = rough[:, -1] > cosines[todo, -1] - 1e-5  # float32 errs by less
             todo, n = todo[unsure & (n < len(keys))], 4 * n
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     return cosines, rows
 
 
@@ -527,7 +535,7 @@ def keep_one(x, threshold, block=1024):
     leader, cosine = np.arange(len(x)), np.ones(len(x), np.float32)
     store, kept = torch.empty(x.shape, dtype=dtype, device=device), np.empty(0, int)  # kept rows, and their numbers
     for start in tqdm(range(0, len(x), block), "near-duplicates", unit="block", disable=len(x) < 50 * block):
-        b = np.ascontiguousarray(x[start:start + block])
+        b = np.array(x[start:start + block])  # a copy: x may be mapped from a file, which torch warns of
         # each row's nearest of those kept in earlier blocks
         i, j = candidates(torch.from_numpy(b).to(store), store[:len(kept)], threshold, tolerance)
         score, best, near = pair_cosines(b[i], x[kept[j]]), np.full(len(b), -2.0), np.full(len(b), -1)
@@ -539,8 +547,11 @@ def keep_one(x, threshold, block=1024):
         new, gone = np.flatnonzero(stay), np.flatnonzero(~stay)
         if len(gone) and len(new):
             inside = np.where(new < gone[:, None], products(b[gone], b[new]), -2)
-            closer = (best[gone] < threshold) | (inside.max(1) > best[gone])
-            near[gone[closer]] = start + new[inside.argmax(1)[closer]]
+            i, j = np.nonzero(inside >= np.maximum(inside.max(1), best[gone]).clip(-1.5)[:, None] - 4e-6)
+            score = pair_cosines(b[gone[i]], b[new[j]])
+            order = np.lexsort((-j, score))
+            order = order[score[order] > best[gone[i[order]]]]
+            near[gone[i[order]]] = start + new[j[order]]
         leader[start + gone], cosine[start + gone] = near[gone], pair_cosines(b[gone], x[near[gone]])
         store[len(kept):len(kept) + len(new)] = torch.from_numpy(b[new])
         kept = np.concatenate([kept, start + new])
@@ -634,7 +645,11 @@ def read_table(path, image_col=None, prompt_col=None, need=("image", "prompt"), 
             also = " or clean prompts alone with --text-only" if what == "image" else ""
             sys.exit(f"{path}: no column {wanted or 'for the ' + what} among: {', '.join(names)}; "
                      f"name it with --{what}-col{also}")
-        columns[what] = pl.col(found).cast(pl.String, strict=False) if found else pl.lit(None, pl.String)
+        text = found and not (table[found].dtype.is_nested() or table[found].dtype == pl.Binary)
+        if what in need and not text:
+            sys.exit(f"{path}: the column {found} holds {table[found].dtype}, not text; "
+                     f"unpack it to files, or name another column with --{what}-col")
+        columns[what] = pl.col(found).cast(pl.String, strict=False) if text else pl.lit(None, pl.String)
     table = as_rows(table, source or Path(str(path)).stem, **columns)
     inside = str(path).partition("::")[2]  # image paths are relative to the table, wherever that is
     root = str(path)[:-len(Path(inside).name)] if inside else f"{Path(path).absolute().parent}/"
@@ -738,7 +753,8 @@ def read_place(place, source):
             prompt = prompts.get(name) or prompts.get(str(Path(name).with_suffix("")))
             if not prompt and name.lower().endswith(".png"):
                 prompt = png_prompt(prefix + name)
-            rows.append((prefix + name, prompt if isinstance(prompt, str) else None))
+            row = prefix + name, prompt if isinstance(prompt, str) else None
+            rows.append([v and v.encode("utf8", "replace").decode() for v in row])  # names and JSON may be no UTF-8
     rows = pl.DataFrame(rows, schema={"image": pl.String, "prompt": pl.String}, orient="row")
     return pl.concat([*frames, as_rows(rows, source)])
 
@@ -871,16 +887,21 @@ def check_args(args):
     for path in map(Path, [*args.input, *args.exclude]):
         if not path.exists():
             sys.exit(f"{path}: no such file or folder; INPUT and --exclude are paths")
-        source, out = path.absolute().resolve(), Path(args.out).absolute().resolve()
-        if source == out or source in out.parents or out in source.parents:
-            sys.exit(f"--out {args.out}: overlaps with the input {path}; choose an --out beside it")
+        source = path.resolve()
+        for out in (Path(f"{Path(args.out)}{end}").resolve() for end in ("", ".partial", ".old")):
+            if source == out or source in out.parents or out in source.parents:
+                sys.exit(f"--out {args.out}: {out.name} overlaps with the input {path}; choose an --out beside it")
 
 
 def is_ours(folder):
-    """Whether a folder is empty, or clean.py made it and nobody put anything else there: else it is never replaced."""
-    names = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")} if folder.is_dir() else {"a file"}
-    marked = (folder / "summary.json").is_file() or (folder / "images/log.jsonl").is_file()
-    return not names or marked and names <= set(FILES)
+    """Whether a folder holds no file, or clean.py made it and nobody put anything else there: else it is never
+    replaced."""
+    if not folder.is_dir():
+        return False
+    names = {p.name for p in folder.iterdir() if not p.name.endswith(".tmp")}
+    summary = folder / "summary.json"
+    marked = (folder / "images/log.jsonl").is_file() or summary.is_file() and b'"funnel"' in summary.read_bytes()
+    return marked and names <= set(FILES) or all(p.is_dir() for p in folder.rglob("*"))
 
 
 def prepare_out(args, out, work):
@@ -900,9 +921,10 @@ def prepare_out(args, out, work):
         if path.exists() and not is_ours(path):
             sys.exit(f"{path}: not made by clean.py, or with other files in it, so it is not replaced; "
                      "move it away, or choose another --out")
-    if old.exists():
-        shutil.rmtree(old) if out.exists() else old.rename(out)
-    (work / "summary.json").unlink(missing_ok=True)  # of a killed run: from here on this is unfinished
+    with writing(out):
+        if old.exists():
+            shutil.rmtree(old) if out.exists() else old.rename(out)
+        (work / "summary.json").unlink(missing_ok=True)  # of a killed run: from here on this is unfinished
     return lock
 
 
@@ -1028,6 +1050,7 @@ def main():
     args = parse_args()
     check_args(args)
     out = Path(args.out)
+    out = out.resolve() if out.is_symlink() or not out.name else out  # a link to another disk: everything goes there
     work, cache = out.with_name(f"{out.name}.partial"), out.parent / ".cache"
     lock = None if args.threshold_report else prepare_out(args, out, work)  # noqa: F841, held until main returns
 

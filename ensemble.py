@@ -144,60 +144,60 @@ def parse_weights(text, models):
 
 
 def choose_weights(report, val, text):
-    """Print what each member, the plain average and learned weights are worth on rows of known truth, cross-validated,
-    and what the average loses without each member. -> weights (M,), what they are. Learned weights are used only where
+    """What each member, the plain average and learned weights are worth on rows of known truth, and what is lost without
+    each member, printed and put into `report`. -> weights (M,), what they are: learned ones only where, cross-validated,
     they win by two standard errors over at least MIN_ROWS rows."""
-    models = len(val["x"])
-    fixed, uniform = parse_weights(text, models), torch.full((models,), 1 / models)
-    weights, used = (uniform, "uniform") if fixed is None else (fixed, "fixed")
+    models, members = len(val["x"]), report["members"]
+    fixed = parse_weights(text, models)
+    weights, used = (torch.full((models,), 1 / models), "uniform") if fixed is None else (fixed, "fixed")
     if val["targets"] is None:
         print(f"no targets known: {used} weights (learn them with --fit VAL.npz ...)")
         return weights, used
     a, g = gram(val["x"], val["targets"])
-    n, members = len(a), report["members"]
+    plain, n = cosines(weights, a, g), len(a)
     for member, c in zip(members, a.unbind(1)):
-        member["cosine"], member["se"] = float(c.mean()), standard_error(c)
+        member["cosine"], member["se"] = mean_and_error(c)
         print(f"{member['name']}  {describe(c.numpy())}")
-    plain = cosines(weights, a, g)
-    report |= {"n": n, used: float(plain.mean()), "se": standard_error(plain)}
+    report |= {"n": n, used: mean_and_error(plain)}
     print(f"{'plain average' if fixed is None else 'fixed weights'}  {describe(plain.numpy())}  (n = {n:,})")
     fold = folds_of(np.arange(n) if val["groups"] is None else val["groups"])
     if text == "learned" and models > 1 and len(fold.unique()) > 1:
-        gain = (learned := cross_validate(fold, a, g)) - plain
-        report |= {"learned": float(learned.mean()), "gain": float(gain.mean()), "gain_se": standard_error(gain)}
-        pays = n >= MIN_ROWS and report["gain"] > 2 * report["gain_se"]
-        print(f"learned weights  {describe(learned.numpy())}  ({len(fold.unique())} folds by group; over plain "
-              f"{report['gain']:+.5f} ± {report['gain_se']:.5f})")
-        if pays:
-            weights, used = fit(a, g), "learned"
-        print(f"used: {used} weights, because the learned ones {'beat' if pays else 'do not beat'} the plain average by "
-              f"two standard errors{'' if n >= MIN_ROWS else f' over at least {MIN_ROWS} rows'}")
-    for m in range(models) if models > 1 else ():
+        learned = cross_validate(fold, a, g)
+        report |= {"learned": mean_and_error(learned), "gain": mean_and_error(learned - plain)}
+        gain, error = report["gain"]
+        pays = n >= MIN_ROWS and gain > 2 * error
+        print(f"learned weights  {describe(learned.numpy())}  ({len(fold.unique())} folds by group; "
+              f"over plain {gain:+.5f} ± {error:.5f})")
+        print(f"used: {'learned' if pays else used} weights, because the learned ones {'beat' if pays else 'do not beat'} "
+              f"the plain average by two standard errors over at least {MIN_ROWS} rows")
+        weights, used = (fit(a, g), "learned") if pays else (weights, used)
+    for m, member in enumerate(members) if models > 1 else ():
         kept = [i for i in range(models) if i != m]
-        rest, pairs = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
-        w = weights[kept] if weights[kept].any() else torch.ones(models - 1)
-        w = fit(rest, pairs) if used == "learned" else w
-        members[m]["leave_one_out"] = float(cosines(weights, a, g).mean() - cosines(w, rest, pairs).mean())
-        print(f"{members[m]['name']}: weight {weights[m]:.3f}, the average loses {members[m]['leave_one_out']:+.5f} without it")
+        rest = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
+        w = fit(*rest) if used == "learned" else weights[kept] if weights[kept].any() else torch.ones(models - 1)
+        member["leave_one_out"] = float(cosines(weights, a, g).mean() - cosines(w, *rest).mean())
+        print(f"{member['name']}: weight {weights[m]:.3f}, the average loses {member['leave_one_out']:+.5f} without it")
     return weights, used
 
 
-def standard_error(c):
-    return float(c.std(correction=int(len(c) > 1)) / len(c) ** .5)
+def mean_and_error(c):
+    """-> [mean, its standard error]"""
+    return [float(c.mean()), float(c.std(correction=int(len(c) > 1)) / len(c) ** .5)]
 
 
 def draw(path, report):
     from matplotlib.figure import Figure  # without pyplot, which wants a display
-    members = report["members"]
-    fig = Figure(figsize=(10, 0.4 * len(members) + 1.8), layout="tight")
+    members, fig = report["members"], Figure(figsize=(10, 0.4 * len(report["members"]) + 1.8), layout="tight")
     axes = fig.subplots(1, 2 if "n" in report else 1, squeeze=False)[0]
     axes[0].barh([m["name"] for m in members], [m["weight"] for m in members], color="#4878a8")
     axes[0].set_xlabel(f"weight ({report['used']})")
     if "n" in report:
-        bars = {m["name"]: m["cosine"] for m in members} | {k: report[k] for k in ("uniform", "fixed", "learned") if k in report}
-        axes[1].barh(list(bars), list(bars.values()), color=["#9ab4cf"] * len(members) + ["#777777", "#c8692c"])
-        axes[1].set(xlim=(max(0, min(bars.values()) - 0.05), max(bars.values()) + 0.02),
-                    xlabel=f"mean cosine (n = {report['n']:,}; learned: cross-validated)")
+        bars = {m["name"]: (m["cosine"], m["se"]) for m in members}
+        bars |= {k: report[k] for k in ("uniform", "fixed", "learned") if k in report}
+        means, errors = zip(*bars.values())
+        axes[1].barh(list(bars), means, xerr=errors, color=["#9ab4cf"] * len(members) + ["#777777", "#c8692c"])
+        axes[1].set(xlim=(max(0, min(means) - 0.05), max(means) + 0.02),
+                    xlabel=f"mean cosine ± standard error (n = {report['n']:,}; learned: cross-validated)")
     for ax in axes:
         ax.invert_yaxis()
         ax.spines[["top", "right"]].set_visible(False)

@@ -63,13 +63,11 @@ def read_preds(path):
             preds["ids"], preds["embeddings"]  # KeyError where one is lacking
         except Exception as e:  # a decoder: numpy, zipfile and zlib each raise their own kinds on damaged bytes
             sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
-    ids, x, y = preds["ids"], preds["embeddings"], preds.get("targets")
-    table = ids.ndim == 1 and x.ndim == 2 and len(ids) == len(x) and x.dtype.kind == "f"
-    if not table or len(set(ids.tolist())) < len(ids) or not np.isfinite(x).all():
-        sys.exit(f"{path}: ids of shape {ids.shape} for embeddings of shape {x.shape}; "
-                 "they must agree, ids be unique and embeddings finite")
-    if y is not None and (y.shape != x.shape or y.dtype.kind != "f" or not np.isfinite(y).all()):
-        sys.exit(f"{path}: targets of shape {y.shape} for embeddings of shape {x.shape}; they must agree and be finite")
+    ids, x, y = preds["ids"], preds["embeddings"], preds.get("targets", preds["embeddings"])
+    floats = x.dtype.kind == y.dtype.kind == "f" and ids.ndim == 1 and x.ndim == 2 and len(ids) == len(x)
+    if not floats or x.shape != y.shape or len(set(ids.tolist())) < len(ids) or not np.isfinite([x, y]).all():
+        sys.exit(f"{path}: ids {ids.shape}, embeddings {x.shape}, targets {y.shape}: they must agree, ids be unique, "
+                 "the rest finite numbers")
     return {"targets": None, "groups": None, **preds, "run": str(preds.get("run", Path(path).stem)),
             "checkpoint": str(preds.get("checkpoint", "")), "views": np.atleast_1d(preds.get("views", [])).tolist()}
 
@@ -135,11 +133,12 @@ def list_images(items, image_col=None, prompt_col=None):
         path = Path(item)
         if not path.exists():
             sys.exit(f"{item}: no such file or folder")
-        if path.is_dir() or is_archive(path) or path.suffix.lower() in TABLE_SUFFIXES:
+        if path.is_dir():  # names on a disk need not be text, which a table could not hold
+            found |= {str(p): None for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()}
+        elif is_archive(path) or path.suffix.lower() in TABLE_SUFFIXES:
             table = read_source(path, None, image_col, prompt_col, ("image", "prompt") if prompt_col else ("image",))
             if empty := table["image"].null_count():
-                sys.exit(f"{path}: {empty} of its {len(table)} rows name no image; drop them, "
-                         "or name another column with --image-col")
+                sys.exit(f"{path}: {empty} of its {len(table)} rows name no image; drop them, or see --image-col")
             found |= dict(table.select("image", "prompt").iter_rows())
         else:
             found[str(path)] = None
@@ -159,10 +158,9 @@ def read_validation(meta):
     """The validation split of a run's data -> pairs, image paths, targets (N, D), and whether the data is still that of
     the training: if not, the run may have seen these rows."""
     pairs, targets, summary = read_data(meta["data"])
-    rows = np.flatnonzero(pairs["split"].to_numpy() == "val")
-    paths = [str(Path(meta["data"]) / p) for p in pairs["image"].gather(rows)]
-    pairs = pairs.with_row_index("row")[rows]
-    return pairs, paths, np.array(targets[rows]), summary["hashes"] == meta["data_hashes"]
+    pairs = pairs.with_row_index("row").filter(pl.col("split") == "val")
+    paths = [str(Path(meta["data"]) / p) for p in pairs["image"]]
+    return pairs, paths, np.array(targets[pairs["row"]]), summary["hashes"] == meta["data_hashes"]
 
 
 class ViewDataset(ImageDataset):
@@ -341,20 +339,18 @@ def thumbnail(path):
 def histogram(values, baseline):
     """An inline SVG of how the cosines are spread, with their mean and the constant baseline."""
     counts, edges = np.histogram(values, 40)
-    mean, lo, hi = float(np.mean(values)), min(edges[0], baseline), max(edges[-1], baseline)
-    at = lambda v: 10 + 540 * (v - lo) / max(1e-9, hi - lo)  # noqa: E731
-    svg = ""
-    for a, b, n in zip(edges, edges[1:], counts):
-        height = 100 * n / counts.max()
-        svg += (f'<rect x="{at(a):.1f}" y="{120 - height:.1f}" width="{max(1, at(b) - at(a) - 1):.1f}" '
-                f'height="{height:.1f}" fill="var(--bar)"/>')
-    left, right = sorted([(mean, f"mean {mean:.3f}"), (baseline, f"constant baseline {baseline:.3f}")])
-    for (v, label), dx, anchor in ((left, -4, "end"), (right, 4, "start")):
+    mean, low, high = float(np.mean(values)), min(edges[0], baseline), max(edges[-1], baseline)
+    at = lambda v: 10 + 540 * (v - low) / max(1e-9, high - low)  # noqa: E731
+    width, svg = max(1, at(edges[1]) - at(edges[0]) - 1), ""
+    for left, n in zip(edges, 100 * counts / counts.max()):
+        svg += f'<rect x="{at(left):.1f}" y="{120 - n:.1f}" width="{width:.1f}" height="{n:.1f}" fill="var(--bar)"/>'
+    marks = sorted([(mean, f"mean {mean:.3f}"), (baseline, f"constant baseline {baseline:.3f}")])
+    for (v, label), dx, anchor in zip(marks, (-4, 4), ("end", "start")):
         svg += (f'<path d="M{at(v):.1f} 6V120" stroke="currentColor" stroke-dasharray="{3 * (v == baseline)}"/>'
                 f'<text x="{at(v) + dx:.1f}" y="14" text-anchor="{anchor}">{label}</text>')
-    label = f"Histogram of the cosines, {lo:.2f} to {hi:.2f}: {left[1]}, {right[1]}"
-    return (f'<svg viewBox="0 0 560 140" role="img" aria-label="{label}">{svg}<text x="10" y="136">{lo:.2f}</text>'
-            f'<text x="550" y="136" text-anchor="end">{hi:.2f}</text></svg>')
+    label = f"Histogram of the cosines, {low:.2f} to {high:.2f}: {marks[0][1]}, {marks[1][1]}"
+    return (f'<svg viewBox="0 0 560 140" role="img" aria-label="{label}">{svg}<text x="10" y="136">{low:.2f}</text>'
+            f'<text x="550" y="136" text-anchor="end">{high:.2f}</text></svg>')
 
 
 def card(n, name, picture, cosine, prompt, near, problem):
@@ -414,8 +410,7 @@ def newest_run(root="runs"):
         if lines and '"done": true' in lines[-1] and (log.parent / "best.safetensors").is_file():
             finished.append((log.stat().st_mtime, log.parent))
     if not finished:
-        sys.exit(f"{root}/: no finished run there; train one with: python train.py --phase lp, then --phase ft  "
-                 "(or name one with --run)")
+        sys.exit(f"{root}/: no finished run there; train one with: python train.py --phase lp, or name one with --run")
     return max(finished)[1]
 
 

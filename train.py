@@ -2,14 +2,10 @@
 Train an image backbone to predict the sentence embedding of the prompt behind an image: LP-FT (arXiv 2202.10054).
 Reads data/NAME (clean.py); writes runs/NAME/<phase>/{best.safetensors, metrics.jsonl, curve.png}, ft also last.pt.
 
-$ python train.py --phase lp                             # linear probe: the head, on frozen features computed once
-$ python train.py --phase ft                             # fine-tuning: everything, from the lp head
-$ python train.py --phase lp --data data/mine --model ViT-L-14-336 --pretrained openai
-$ python train.py --phase ft --data data/mine --layer-decay 0.6 --batch-size 32 --accum-freq 4
+$ python train.py --phase lp --data data/mine            # linear probe: the head, on frozen features computed once
+$ python train.py --phase ft --data data/mine            # fine-tuning: everything, from the lp head
 $ python train.py --phase ft --data data/mine --resume   # with the settings of last.pt
 $ torchrun --standalone --nproc_per_node 4 train.py --phase ft --data data/mine
-
-Order and flips are functions of (seed, epoch), dropout is one of (seed, step), so a resumed run is the same run.
 """
 import argparse
 import atexit
@@ -17,6 +13,7 @@ import copy
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -39,7 +36,6 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -47,41 +43,55 @@ from tqdm import tqdm
 from clean import BadImage, atomic, encode, has_bf16, load_encoder, make_parser, open_rgb, read_data, reason
 
 FORMAT = 2
-SHARD = 2048  # images between two writes of frozen features: what a kill -9 can cost
+SHARD = 2048  # images per file of frozen features: what a kill -9 can cost
 DTYPES = {"amp_bf16": torch.bfloat16, "amp": torch.float16, "fp32": torch.float32}
 DEFAULTS = {  # by phase, where neither command line nor data folder says otherwise; docs/results.md has the evidence
     "lp": {"lr": 1e-3, "epochs": 30, "batch_size": 256, "warmup": 50, "ema": 0.0},
     "ft": {"lr": 1e-5, "epochs": 3, "batch_size": 64, "warmup": 200, "ema": 0.9998},
 }
+OF_MODEL = "model pretrained model_kwargs force_quick_gelu image_size image_mean image_std head"
+FT_ONLY = "init dry_run accum_freq mixgen layer_decay unfreeze_from ema grad_checkpointing"
+RANGES = (  # low, high, flags
+    (0, 1, "hflip"), (0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0, 0.999999, "ema"), (1e-12, 1e6, "lr"),
+    (0, 1e12, "workers seed warmup wd grad_clip_norm save_every unfreeze_from"), (8, 2048, "image_size"),
+    (1, 1e12, "epochs accum_freq log_every"), (2, 1e12, "batch_size"))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # ft finishes its step, saves and exits
+OPENS_FILES = ("pretrained", "checkpoint", "cache")  # how timm's arguments begin that open files or the hub
+COLUMN = {"raw": "cosine", "ema": "cosine_ema"}  # of metrics.jsonl, after the split
+BatchNorm = nn.modules.batchnorm._BatchNorm  # of any dimension
 
 
-# ---------------------------------------------------------------------------------------------------------- backbones
+# ------------------------------------------------------- backbones
 
 def build_backbone(spec, pretrained=None):
-    """The backbone that a spec describes, with random weights or those of a tag or file, loaded by open_clip or timm:
-    images (B, 3, S, S) -> pooled features (B, D), before the contrastive projection (1024 for L/14)."""
+    """spec -> backbone, random or with the weights of a tag or file: images (B, 3, S, S) -> features (B, D)."""
     name, size = spec["model"], spec["image_size"]
     if name.startswith("timm:"):
         import timm
-        name, kwargs = name[5:], {"num_classes": 0, **spec["kwargs"]}
-        if pretrained and Path(pretrained).is_file():
-            kwargs |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": read_weights(pretrained)}}
+        name, kwargs = name[5:], {"num_classes": 0, "pretrained": bool(pretrained), **spec["kwargs"]}
+        state = read_weights(pretrained) if pretrained and Path(pretrained).is_file() else None
+        if state:
+            kwargs["pretrained_cfg_overlay"] = {"state_dict": dict(state)}
         elif pretrained:
-            name, kwargs["pretrained"] = f"{name}.{pretrained}", True
+            name = f"{name}.{pretrained}"
         try:
-            return timm.create_model(name, **({"img_size": size} if size else {}), **kwargs)
+            backbone = timm.create_model(name, img_size=size, **kwargs)
         except TypeError:  # convolutional networks take any size and know no such argument
-            return timm.create_model(name, **kwargs)
+            backbone = timm.create_model(name, **kwargs)
+        missing = [k for k in backbone.state_dict() if state and k not in state and "num_batches" not in k]
+        if missing:  # without a classifier timm does not look
+            raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
+        return backbone
     import open_clip
+    gelu = spec["quick_gelu"]
     if pretrained:
-        clip = open_clip.create_model(Path(name).stem, pretrained, force_quick_gelu=spec["quick_gelu"],
-                                      force_image_size=size)
+        clip = open_clip.create_model(Path(name).stem, pretrained, force_quick_gelu=gelu, force_image_size=size)
     else:
         vision = {**spec["config"]["vision_cfg"], "image_size": size, "timm_model_pretrained": False}
         text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # required, and thrown away
-        clip = open_clip.CLIP(spec["config"]["embed_dim"], vision, text, quick_gelu=spec["quick_gelu"])
-    clip.visual.proj, clip.visual.output_tokens = None, False
-    for part in ("drop", "proj", "mlp"):  # open_clip's wrapper of a timm backbone
+        clip = open_clip.CLIP(spec["config"]["embed_dim"], vision, text, quick_gelu=gelu)
+    clip.visual.proj, clip.visual.output_tokens = None, False  # features before the contrastive projection
+    for part in ("drop", "proj", "mlp"):  # where open_clip wraps a timm backbone; its head may pool, too
         if hasattr(getattr(clip.visual, "head", None), part):
             delattr(clip.visual.head, part)
     return clip.visual
@@ -96,18 +106,27 @@ def read_weights(path):
 
 
 def make_backbone(args):
-    """Command line -> (backbone with its pretrained weights, spec). The spec goes into the checkpoint: all that it takes
-    to build the backbone again, and the transform of its pretrained tag."""
-    name, kwargs, tag = args.model, dict(args.model_kwargs), None if args.pretrained == "none" else args.pretrained
-    spec = {"model": name, "pretrained": args.pretrained, "kwargs": kwargs, "image_size": args.image_size}
+    """Command line -> (pretrained backbone, spec: how to build it again, and the transform of its pretrained tag)."""
+    name, tag = args.model, None if args.pretrained == "none" else args.pretrained
+    size, kwargs = args.image_size, dict(args.model_kwargs)
+    spec = {"model": name, "pretrained": args.pretrained, "kwargs": kwargs, "image_size": size}
     if name.startswith("timm:"):
         import timm
-        if ":" in name[5:] or any(k.startswith(("pretrained", "checkpoint", "cache")) for k in kwargs):
-            sys.exit(f"--model {name} {kwargs}: would open files or the hub; use --pretrained")
-        if not timm.is_model(name[5:]):
-            sys.exit(f"--model {name}: timm has no such model; see timm.list_models()")
+        if not timm.is_model(name[5:]) or any(k.startswith(OPENS_FILES) for k in kwargs):
+            sys.exit(f"--model {name}: not one of timm.list_models(), or --model-kwargs would open files")
     else:
-        spec |= open_clip_spec(args, tag)
+        import open_clip
+        if name.endswith(".json") and Path(name).is_file():  # your own architecture, in open_clip's format
+            open_clip.add_model_config(name)
+        config = open_clip.get_model_config(Path(name).stem)
+        if config is None:
+            sys.exit(f"--model {name}: not one of open_clip.list_models(), timm:NAME, or a .json file")
+        known = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
+                 **open_clip.get_pretrained_cfg(Path(name).stem, tag or "")}
+        # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
+        spec |= {"quick_gelu": known.get("quick_gelu", config.get("quick_gelu", False)) or args.force_quick_gelu,
+                 "image_size": size or config["vision_cfg"].get("image_size", 224),
+                 "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}}
     try:
         backbone = build_backbone(spec, tag)
     except Exception as e:  # the hub, and decoders of somebody's file, raise many kinds
@@ -115,40 +134,17 @@ def make_backbone(args):
             raise
         sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} that can be loaded ({reason(e)})")
     if name.startswith("timm:"):
-        if tag and "quickgelu" not in name and "QuickGELU" in str(backbone.pretrained_cfg.get("notes")):
-            sys.exit(f"--pretrained {tag}: was trained with QuickGELU, which {name} does not have; "
-                     f"take --model {name.replace('clip_', 'clip_quickgelu_')}")
         known = timm.data.resolve_model_data_config(backbone)
-        spec |= {k: known[k] for k in ("mean", "std", "interpolation")}
-        spec |= {"resize_mode": "squash" if known["crop_mode"] == "squash" else "shortest",
-                 "image_size": args.image_size or known["input_size"][-1]}
-    return backbone, spec | {"mean": list(args.image_mean or spec["mean"]), "std": list(args.image_std or spec["std"])}
+        if tag and "quickgelu" not in name and "QuickGELU" in str(backbone.pretrained_cfg.get("notes")):
+            sys.exit(f"--pretrained {tag}: needs QuickGELU; use --model {name.replace('clip_', 'clip_quickgelu_')}")
+    squash = "squash" in (known.get("resize_mode"), known.get("crop_mode"))  # open_clip's key, timm's
+    return backbone, spec | {
+        "mean": list(args.image_mean or known["mean"]), "std": list(args.image_std or known["std"]),
+        "image_size": spec["image_size"] or known["input_size"][-1], "interpolation": known["interpolation"],
+        "resize_mode": "squash" if squash else "shortest"}
 
 
-def open_clip_spec(args, tag):
-    """--model NAME, or FILE.json, an architecture of your own in open_clip's format -> the rest of its spec."""
-    import open_clip
-    name = args.model
-    if name.endswith(".json") and Path(name).is_file():
-        open_clip.add_model_config(name)
-        name = Path(name).stem
-    config = open_clip.get_model_config(name)
-    if config is None:
-        sys.exit(f"--model {name}: not an open_clip model (open_clip.list_models()), nor timm:NAME, nor a .json file")
-    known = open_clip.get_pretrained_cfg(name, tag) if tag else {}
-    if tag and not known and not Path(tag).is_file():
-        sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name}; "
-                 f"tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}")
-    spec = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
-            "resize_mode": "shortest", "quick_gelu": config.get("quick_gelu", False)}
-    spec = {k: known.get(k, v) for k, v in spec.items()}
-    # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
-    spec["quick_gelu"] = spec["quick_gelu"] or args.force_quick_gelu
-    return spec | {"image_size": args.image_size or config["vision_cfg"].get("image_size", 224),
-                   "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}}
-
-
-# -------------------------------------------------------------------------------------------------------------- model
+# ----------------------------------------------------------- model
 
 def linear_head(features, dim):
     head = nn.Linear(features, dim)
@@ -165,17 +161,18 @@ HEADS = {"linear": linear_head, "mlp": mlp_head}  # name: function (features, di
 
 
 class Model(nn.Module):
-    """backbone -> head -> unit-norm embeddings (B, 384), from images (B, 3, S, S), uint8 or normalised floats. Modules in
-    `frozen` stay in eval mode while the rest trains."""
+    """Images (B, 3, S, S), uint8 or normalised floats -> backbone -> head -> unit-norm embeddings (B, 384). Modules in
+    `frozen` stay in eval mode; `meta` is what load_model needs besides the weights."""
 
     def __init__(self, backbone, spec, head="linear", dim=384):
         super().__init__()
-        self.backbone, self.spec, self.head_name, self.dim, self.frozen = backbone, spec, head, dim, []
+        self.backbone, self.spec, self.frozen = backbone, spec, []
+        self.meta = {"format": FORMAT, "backbone": spec, "head": head, "dim": dim}
         with torch.no_grad():  # the pooled width is not always what a config says
-            self.width = backbone.eval()(torch.zeros(1, 3, spec["image_size"], spec["image_size"])).shape[-1]
-        self.head = HEADS[head](self.width, dim)
-        self.register_buffer("mean", torch.tensor(spec["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(spec["std"]).view(3, 1, 1), persistent=False)
+            width = backbone.eval()(torch.zeros(1, 3, spec["image_size"], spec["image_size"])).shape[-1]
+        self.head = HEADS[head](width, dim)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(spec[name]).view(3, 1, 1), persistent=False)
 
     def normalise(self, images):
         return (images.float() / 255 - self.mean) / self.std  # uint8 over the bus, float on the device
@@ -192,119 +189,108 @@ class Model(nn.Module):
             module.eval()
         return self
 
-    def describe(self):
-        """What load_model needs besides the weights."""
-        return {"format": FORMAT, "backbone": self.spec, "head": self.head_name, "dim": self.dim}
-
 
 def save_model(model, meta, path):
     """best.safetensors: the weights, and as JSON metadata all it takes to use them."""
     state = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
     with atomic(path) as f:
-        f.write(to_safetensors(state, {"config": json.dumps({**meta, **model.describe()})}))
+        f.write(to_safetensors(state, {"config": json.dumps({**meta, **model.meta})}))
 
 
 def find_checkpoint(path):
-    """A checkpoint file, a phase folder or a run folder (ft before lp) -> path of best.safetensors. Exits if none."""
-    for p in (Path(path) / end for end in ("", "best.safetensors", "ft/best.safetensors", "lp/best.safetensors")):
-        if p.is_file():
-            return p
-    sys.exit(f"{path}: no checkpoint there (best.safetensors); train one with: python train.py --phase lp")
+    """A checkpoint, phase folder or run folder (ft before lp) -> path of best.safetensors, or exits."""
+    for end in ("", "best.safetensors", "ft/best.safetensors", "lp/best.safetensors"):
+        if (Path(path) / end).is_file():
+            return Path(path) / end
+    sys.exit(f"{path}: no best.safetensors there; train one with: python train.py --phase lp")
 
 
 def load_meta(path):
-    """The metadata of a checkpoint, which anybody may have made -> dict; exits in one line if it is none of ours."""
-    try:
+    """The metadata of a checkpoint, which anybody may have made -> dict, or exits."""
+    with suppress(SafetensorError, OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
         with safe_open(path, "pt") as f:
-            meta = json.loads((f.metadata() or {}).get("config", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        sys.exit(f"{path}: not a readable checkpoint ({reason(e)}); train it again")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        sys.exit(f"{path}: not a checkpoint of this train.py (its format is not {FORMAT}); train it again")
-    with suppress(KeyError, AttributeError, TypeError):
+            meta = json.loads(f.metadata()["config"])
         spec, vision = meta["backbone"], meta["backbone"].get("config", {}).get("vision_cfg", {})
         names = [spec["model"].removeprefix("timm:"), vision.get("timm_model_name") or "", *spec["kwargs"]]
-        if (not any(":" in n or n.startswith(("pretrained", "checkpoint", "cache")) for n in names)  # no files, no hub
-                and 8 <= spec["image_size"] <= 2048 and 1 <= meta["dim"] <= 4096 and meta["head"] in HEADS
-                and len(spec["mean"]) == len(spec["std"]) == 3 and meta["text_model"]["name"].strip()):
+        safe = not any(":" in n or n.startswith(OPENS_FILES) for n in names)  # as "hf-hub:a/b"
+        if (safe and meta["format"] == FORMAT and meta["head"] in HEADS and meta["text_model"]["name"].strip()
+                and 8 <= spec["image_size"] <= 2048 and 1 <= meta["dim"] <= 4096
+                and len(spec["mean"]) == len(spec["std"]) == 3):
             return meta
-    sys.exit(f"{path}: describes no model of train.py (head {meta.get('head')!r}; known: {', '.join(HEADS)})")
+    sys.exit(f"{path}: not a readable checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}); train it again")
 
 
 def load_model(path):
-    """A checkpoint of save_model -> (Model in eval mode, metadata). No flags: it describes itself. Exits in one line if
-    its weights do not fit that."""
+    """A checkpoint -> (Model in eval mode, metadata), or exits if its weights do not fit its metadata."""
     path = find_checkpoint(path)
     meta, state = load_meta(path), load_file(path)
-    spec, found = meta["backbone"], {k: v.shape for k, v in state.items()}
+    spec, shapes = meta["backbone"], {k: v.shape for k, v in state.items()}
     __import__("timm" if spec["model"].startswith("timm:") else "open_clip")  # which makes tensors: not under "meta"
     for device in ("meta", "cpu"):  # first without memory: what it claims to be may be larger than what it is
         with torch.device(device):
             model = Model(build_backbone(spec), spec, meta["head"], meta["dim"])
-        wanted = {k: v.shape for k, v in model.state_dict().items()}
-        if wrong := [k for k in wanted | found if wanted.get(k) != found.get(k)]:
-            sys.exit(f"{path}: does not fit the model that it describes: {len(wrong)} tensors, first {wrong[:3]}")
+        if wrong := dict(shapes.items() ^ {k: v.shape for k, v in model.state_dict().items()}.items()):
+            sys.exit(f"{path}: does not fit the model that it describes, as in {min(wrong)}")
     model.load_state_dict(state)
     return model.eval(), meta
 
 
 def depths(model):
-    """{parameter name: depth}: 0 the stem, then one per block, the head last. Layer decay and --unfreeze-from count in
-    these; what follows the last block belongs to it. A timm backbone knows its blocks, open_clip's are listed here."""
+    """{parameter name: depth}: 0 the stem, then one per block, with the last what follows it, then the head."""
     from timm.models import group_parameters
     wrapped = hasattr(model.backbone, "trunk")  # open_clip around a timm backbone
     backbone, prefix = (model.backbone.trunk, "backbone.trunk.") if wrapped else (model.backbone, "backbone.")
-    matcher = {"stem": "conv|bn|class_embedding|positional_embedding|ln_pre",  # in timm's format; ViT, ResNet, the rest
-               "blocks": [(r"transformer\.resblocks\.(\d+)", None), (r"layer(\d+)\.(\d+)", None), (".*", (99999,))]}
-    if hasattr(backbone, "group_matcher"):
+    if hasattr(backbone, "group_matcher"):  # timm backbones know their blocks
         matcher = backbone.group_matcher(coarse=False)
+    else:  # open_clip's ViT and ResNet
+        matcher = {"stem": "conv|bn|class_embedding|positional_embedding|ln_pre",
+                   "blocks": [(r"transformer\.resblocks\.(\d+)", None), (r"layer(\d+)\.(\d+)", None), (".*", (99999,))]}
     found = {prefix + n: d for n, d in group_parameters(backbone, matcher, reverse=True).items()}
     last = max(found.values())
     return {n: last + 1 if n.startswith("head.") else found.get(n, last) for n, _ in model.named_parameters()}
 
 
 def param_groups(model, lr, wd, decay=1.0, unfreeze_from=0):
-    """Optimiser groups, one per depth and weight decay: lr * decay ** (distance from the head); matrices decay, biases
-    and norms do not. Depths below unfreeze_from are frozen: no gradient, no group."""
+    """Optimiser groups: lr * decay ** (distance from the head), weight decay for matrices alone. Freezes what is below
+    unfreeze_from."""
     depth = depths(model)
     top, groups = max(depth.values()), {}
     if unfreeze_from > top:
         sys.exit(f"--unfreeze-from {unfreeze_from}: this backbone has depths 0 (the stem) to {top} (the head)")
     for name, p in model.named_parameters():
         d, matrix = depth[name], p.ndim > 1
-        p.requires_grad_(d >= unfreeze_from)
-        if p.requires_grad:
-            group = {"depth": d, "peak": lr * decay ** (top - d), "weight_decay": wd if matrix else 0.0, "params": []}
+        if p.requires_grad_(d >= unfreeze_from).requires_grad:
+            group = {"depth": d, "peak": lr * decay ** (top - d), "weight_decay": wd * matrix, "params": []}
             groups.setdefault((d, matrix), group)["params"].append(p)
     return [groups[k] for k in sorted(groups)]
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------ data
 
 def load_data(folder, batch):
-    """A data folder without its buffer rows -> namespace: paths, prompts, targets float32 (N, 384), rows of train, held
-    {"val", "ood": rows}, mean (384,) of the training targets, baseline {split: its cosine}, summary."""
+    """A data folder without its buffer rows -> paths, prompts, targets (N, 384), train rows, held {split: rows}, mean
+    training target (384,), baseline {split: cosine of that mean}, summary."""
     pairs, targets, summary = read_data(folder)
-    used = np.flatnonzero(pairs["split"].to_numpy() != "guard")
-    pairs, targets, split = pairs[used], np.array(targets[used]), pairs["split"].to_numpy()[used]
-    train, held = np.flatnonzero(split == "train"), {s: np.flatnonzero(split == s) for s in ("val", "ood") if s in split}
+    pairs = pairs.with_row_index("row").filter(pairs["split"] != "guard")
+    targets, split = np.array(targets[pairs["row"]]), pairs["split"].to_numpy()
+    train = np.flatnonzero(split == "train")
+    held = {s: np.flatnonzero(split == s) for s in ("val", "ood") if s in split}
     if pairs["image"].null_count():
         sys.exit(f"{folder}: has no images (made with --text-only)")
+    if len(bad := np.flatnonzero(~np.isfinite(targets).all(1))):
+        sys.exit(f"{folder}: {len(bad)} targets are not finite, first that of {pairs['image'][int(bad[0])]}; "
+                 "make it again with clean.py --overwrite")
     if len(train) < batch or "val" not in held:
         sys.exit(f"{folder}: {len(train)} training and {len(held.get('val', []))} validation rows; "
-                 f"need at least {batch} (--batch-size times --accum-freq times processes) and 1")
-    if len(bad := np.flatnonzero(~np.isfinite(targets).all(1))):
-        sys.exit(f"{folder}: targets of {len(bad)} rows are not finite, first {pairs['image'][int(bad[0])]}; "
-                 "make it again with clean.py --overwrite")
+                 f"needs {batch} (--batch-size times --accum-freq times processes) and 1")
     mean = targets[train].mean(0)
     baseline = {s: float((targets[rows] @ mean).mean() / np.linalg.norm(mean)) for s, rows in held.items()}
-    return SimpleNamespace(paths=[str(Path(folder) / p) for p in pairs["image"]], prompts=pairs["prompt"].to_list(),
+    return SimpleNamespace(paths=[f"{Path(folder) / p}" for p in pairs["image"]], prompts=pairs["prompt"].to_list(),
                            targets=targets, train=train, held=held, mean=mean, baseline=baseline, summary=summary)
 
 
 def to_square(image, spec):
-    """The transform: RGB image -> uint8 tensor (3, S, S). Short side to S, then the centre; or squashed, where the
-    backbone was trained so."""
+    """The transform: RGB image -> uint8 tensor (3, S, S): short side to S, then the centre; or squashed."""
     size, resample = spec["image_size"], getattr(Image.Resampling, spec["interpolation"].upper(), Image.BICUBIC)
     if spec["resize_mode"] == "squash":
         image = image.resize((size, size), resample)
@@ -337,20 +323,19 @@ class ImageDataset(Dataset):
 
 
 def make_loader(dataset, batches, args, device):
-    """batches: iterable of row numbers, one list per batch -> DataLoader of their images, in order."""
+    """batches: iterable of lists of rows -> DataLoader of their images, in order."""
     # its own generator: building an iterator would draw from the global stream and shift dropout after a resume
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, worker_init_fn=ignore_signals,
                       pin_memory=device.type == "cuda", generator=torch.Generator())
 
 
 def ignore_signals(_):
-    """Loader workers leave signals to the parent, which finishes its step and saves."""
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for s in SIGNALS:  # workers leave them to the parent, which finishes its step and saves
         signal.signal(s, signal.SIG_IGN)
 
 
 def kill_workers():
-    """After an error Python would end them by SIGTERM, which they ignore, and wait forever."""
+    """At exit Python would end them by SIGTERM, which they ignore, and wait forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report it as another error
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -361,8 +346,8 @@ def split_batches(rows, size):
 
 
 def batch_sampler(train, args, step, rank=0, world=1):
-    """Micro-batches of this process from `step` on, each (rows, mirrored): a function of (seed, epoch) alone. Rows are
-    interleaved over the micro-batches of a step so that MixGen partners (i, i + M) share one, however it is divided."""
+    """Micro-batches (rows, mirrored) of this process from `step` on, a function of (seed, epoch). Rows are interleaved
+    over them so that MixGen partners (i, i + M) share one, however a step is divided."""
     batch = args.batch_size * args.accum_freq * world
     per_epoch = len(train) // batch
     for epoch in range(step // per_epoch, args.epochs):
@@ -375,158 +360,158 @@ def batch_sampler(train, args, step, rank=0, world=1):
 
 
 def mixgen(images, targets, joined, lam=0.5):
-    """MixGen (arXiv 2206.08358, alg. 1): the first m images become blends with the next m, and their targets the
-    embeddings of the joined prompts; rows m.. stay. images (B, 3, H, W) normalised, targets (B, 384), joined (m, 384),
-    m <= B/2."""
+    """MixGen (arXiv 2206.08358, alg. 1): the first m images (B, 3, H, W) become blends with the next m, their targets
+    (B, 384) the embeddings (m, 384) of the joined prompts. m <= B/2."""
     m = len(joined)
     mixed = torch.lerp(images[m:2 * m], images[:m], lam)  # the batch is shuffled, so row i + m is a random partner
     return torch.cat([mixed, images[m:]]), torch.cat([joined, targets[m:]])
 
 
-# ------------------------------------------------------------------------------------------------------- optimisation
+# ---------------------------------------------------- optimisation
 
 def loss_fn(predicted, targets):
-    """What is minimised and what the log calls loss: 1 - cosine. Unit rows (B, 384), float32 -> scalar."""
+    """1 - cosine of unit rows (B, 384), float32 -> scalar: what is minimised and logged."""
     return 1 - (predicted * targets).sum(-1).mean()
 
 
 def lr_at(step, total, warmup):
-    """Linear warm-up, then cosine to zero: the factor on --lr, a pure function of the step."""
+    """The factor on --lr: linear warm-up, then cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def update_ema(ema, model, step, decay):
-    """ema = d ema + (1 - d) model, d rising to `decay`, so that a short run does not average over its start; buffers are
-    copied. As torch's AveragedModel, which would have the GPU wait for its counter at every step."""
-    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    """ema = d ema + (1 - d) model, d rising to `decay`, so that a short run does not average over its start."""
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))  # AveragedModel itself would wait for the GPU
     average(list(ema.parameters()), list(model.parameters()), None)
     for mine, new in zip(ema.buffers(), model.buffers()):
         mine.copy_(new)
 
 
 def pick_precision(name, device, model):
-    """auto: bf16 where the hardware has it, else fp16 on a GPU and float32 on a CPU; there float32 too for depthwise
-    convolutions, which bf16 slows down (MobileNetV2: by a third)."""
+    """auto: bf16 where the hardware has it, else fp16 on a GPU and float32 on a CPU."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "amp_bf16" if has_bf16("cuda") else "amp"
-    depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())  # on a CPU slower in bf16
     return "amp_bf16" if has_bf16("cpu") and not depthwise else "fp32"
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def cast_backbone(backbone, precision):
     """For inference: cast once, not by autocast at every batch. BatchNorm statistics do not survive 16 bits."""
     backbone.to(DTYPES[precision], memory_format=torch.channels_last).eval()
     for module in backbone.modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchNorm):
             module.float()
     return backbone
 
 
 def pick_device():
-    """-> device of this process. On a CPU, have glibc keep what it was given: else it maps and unmaps every large
-    activation anew, and page faults cost more than arithmetic (ViT-B-32 in ft: 32 instead of 124 images/s)."""
+    """The device of this process. On a CPU, glibc is told to keep freed memory: page faults of fresh activations cost
+    more than arithmetic (ViT-B-32 in ft: 32 instead of 124 images/s)."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True
         return torch.device("cuda", torch.cuda.current_device())
-    if hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return torch.device("cpu")
 
 
 def reduce_all(values, op=dist.ReduceOp.SUM):
-    """Numbers, reduced over all processes (by gloo on the host, so nothing waits for the GPU) -> list."""
+    """Numbers, reduced over all processes -> list. By gloo on the host, so nothing waits for the GPU."""
     values = torch.as_tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(values, op)
     return values.tolist()
 
 
-def open_log(phase, args, step=0):
-    """-> function (step, **row) that appends a row to metrics.jsonl (and --wandb's), whose first holds the arguments."""
-    file, kept = phase / "metrics.jsonl", [json.dumps({"step": 0, "args": vars(args)})]
-    if step:  # a resumed run writes the later rows again
-        rows = file.read_text().splitlines()
-        kept = [line for line in rows if line.endswith("}") and json.loads(line)["step"] <= step]  # the last may be torn
+def start_log(run, step=0):
+    """metrics.jsonl with the arguments; resumed: its rows up to `step`. Removes the run that --overwrite replaces."""
+    file, rows = run.phase / "metrics.jsonl", [json.dumps({"step": 0, "args": vars(run.args)})]
+    if step:  # the last row may be torn
+        rows = [r for r in file.read_text().splitlines() if r.endswith("}") and '"done"' not in r]
+        rows = [r for r in rows if json.loads(r)["step"] <= step]
+    for name in () if step else ("best.safetensors", "last.pt", "curve.png"):
+        (run.phase / name).unlink(missing_ok=True)
     with atomic(file, "w") as f:
-        f.write("\n".join(kept) + "\n")
-    if args.wandb:
+        f.write("\n".join(rows) + "\n")
+    if run.args.wandb:
         import wandb
-        wandb.init(project="image2prompt", dir=phase, name=str(phase), config=vars(args))
+        wandb.init(project="image2prompt", dir=run.phase, name=str(run.phase), config=vars(run.args))
 
-    def log(step, **row):
-        with open(file, "a") as f:
+
+def log(run, step, **row):
+    if run.rank == 0 and not run.args.dry_run:
+        with open(run.phase / "metrics.jsonl", "a") as f:
             f.write(json.dumps({"step": step, **row}) + "\n")
-        if args.wandb:
+        if run.args.wandb:
+            import wandb
             wandb.log(row, step=step)
-    return log
 
 
-def report(phase, at, row, best, data):
-    """A validation as one line, every cosine beside the n and constant baseline of its split; and curve.png."""
-    scores = " · ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if "cosine" in k)
-    levels = "; ".join(f"{s}: n = {len(rows)}, constant baseline {data.baseline[s]:.4f}" for s, rows in data.held.items())
-    print(f"{at} · {scores} · best {best:.4f} ({levels})", flush=True)
-    from matplotlib.figure import Figure  # without pyplot, which wants a display and keeps every figure
-    rows, fig = [json.loads(line) for line in open(phase / "metrics.jsonl")], Figure((7, 4), layout="tight")
+def report(run, at, row, best):
+    """Print a validation, each split with its n and constant baseline, and redraw curve.png."""
+    scores = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if "cosine" in k]
+    splits = [f"{k}: n = {len(v)}, constant baseline {run.data.baseline[k]:.4f}" for k, v in run.data.held.items()]
+    print(f"{at} · {' · '.join(scores)} · best {best:.4f} ({'; '.join(splits)})", flush=True)
+    from matplotlib.figure import Figure  # pyplot would want a display
+    rows, fig = [json.loads(line) for line in open(run.phase / "metrics.jsonl")], Figure(layout="tight")
     ax = fig.subplots()
     for key in ("loss", "val_cosine", "val_cosine_ema"):
-        if points := [(r["step"], 1 - r[key] if key == "loss" else r[key]) for r in rows if key in r]:
-            ax.plot(*zip(*points), label="1 - loss" if key == "loss" else key.replace("_", " "), marker=".")
-    ax.axhline(data.baseline["val"], color="gray", ls="--", label="constant baseline")
-    ax.set(xlabel="step", ylabel="mean cosine")
-    ax.legend(frameon=False)
-    with atomic(phase / "curve.png") as f:
+        ax.plot(*zip(*[(r["step"], r[key]) for r in rows if key in r]), label=key, marker=".")
+    ax.axhline(run.data.baseline["val"], color="gray", ls="--", label="constant baseline")
+    ax.legend()
+    with atomic(run.phase / "curve.png") as f:
         fig.savefig(f, format="png", dpi=120)
 
 
-# ------------------------------------------------------------------------------------------------------- linear probe
+# ---------------------------------------------------- linear probe
 
 def extract_features(model, run):
-    """Frozen features of every image, computed once -> (views, N, D), float16 where computed in 16 bits; view 1 is the
-    mirror image, for --hflip. One file per SHARD images, shared out over the processes, in a folder named by backbone,
-    weights, transform and data: an interrupted or later run computes only what is missing."""
-    args, data, device, dtype = run.args, run.data, run.device, DTYPES[run.args.precision]
-    views, rows = 1 + (args.hflip > 0), range(len(data.paths))
+    """Frozen features of every image -> (views, N, D), float16 if computed in 16 bits; view 1 is the mirror image, for
+    --hflip. Kept in one file per SHARD images, in a folder named by backbone, transform and data."""
+    args, data, dtype, views = run.args, run.data, DTYPES[run.args.precision], 1 + (run.args.hflip > 0)
     digest = hashlib.sha256(json.dumps([model.spec, data.summary["hashes"], views, args.precision]).encode())
     for name, tensor in sorted(model.backbone.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
     folder = Path(args.out) / f".features/{digest.hexdigest()[:32]}"
-    shards = {folder / f"{r.start:09d}.npy": r for r in split_batches(rows, SHARD)}
-    todo = {file: split_batches(shards[file], args.batch_size) for file in shards if not file.is_file()}
-    todo = dict(list(todo.items())[run.rank::run.world])
-    backbone = cast_backbone(copy.deepcopy(model.backbone).to(device), args.precision)
+    shards = {folder / f"{r.start:09d}.npy": r for r in split_batches(range(len(data.paths)), SHARD)}
+    todo = [file for file in list(shards)[run.rank::run.world] if not file.is_file()]
+    batches = {file: split_batches(shards[file], args.batch_size) for file in todo}
+    loader = make_loader(run.images, sum(batches.values(), []), args, run.device)
+    images = iter(tqdm(loader, "features", unit="batch", disable=run.rank > 0 or not todo))
+    backbone = cast_backbone(copy.deepcopy(model.backbone).to(run.device), args.precision)
     if args.compile:
         backbone.compile(dynamic=False)
-    images = iter(make_loader(ImageDataset(data.paths, model.spec), sum(todo.values(), []), args, device))
-    with tqdm(total=SHARD * len(todo), desc="features", unit="image", disable=run.rank > 0) as bar:
-        for file, batches in todo.items():
-            parts = []
-            for batch in batches:
-                x = model.normalise(next(images).to(device, non_blocking=True))
-                x = x.to(dtype, memory_format=torch.channels_last)
-                with torch.inference_mode():
-                    parts.append(torch.stack([backbone(x.flip(-1) if v else x).float().cpu() for v in range(views)]))
-                bar.update(len(batch))
-            shard = torch.cat(parts, 1)  # (views, rows, D)
-            if len(bad := (~shard.isfinite()).any(-1).any(0).nonzero()):
-                sys.exit(f"{data.paths[shards[file][int(bad[0])]]}: its features are not finite; "
-                         "wrong --pretrained? else try --precision fp32")
-            with atomic(file) as f:
-                np.save(f, shard.numpy().astype(np.float32 if dtype == torch.float32 else np.float16))
+    model.to(run.device)
+    for file in todo:
+        parts = []
+        for x in itertools.islice(images, len(batches[file])):
+            x = model.normalise(x.to(run.device, non_blocking=True)).to(dtype, memory_format=torch.channels_last)
+            with torch.inference_mode():
+                parts.append(torch.stack([backbone(v).float().cpu() for v in (x, x.flip(-1))[:views]]))
+        shard = torch.cat(parts, 1)  # (views, rows, D)
+        if len(bad := (~shard.isfinite()).any(-1).any(0).nonzero()):
+            sys.exit(f"{data.paths[shards[file][int(bad[0])]]}: its features are not finite; try --precision fp32")
+        with atomic(file) as f:
+            np.save(f, shard.numpy().astype(np.float32 if dtype == torch.float32 else np.float16))
     if run.world > 1:
         dist.barrier()
     return torch.from_numpy(np.concatenate([np.load(file, allow_pickle=False) for file in shards], 1))
 
 
 def ridge(x, y, x_val, y_val, block=65536):
-    """Ridge regression in closed form: x (N, D), y (N, E) -> weight (E, D), bias (E,), lambda, cosine on validation. One
-    eigendecomposition of the covariance serves the whole grid of lambdas."""
+    """Ridge regression: x (N, D), y (N, E) -> weight (E, D), bias (E,), lambda, its cosine on validation. One
+    eigendecomposition serves all lambdas."""
     mean_x, mean_y, xx, xy = sum(b.double().sum(0) for b in x.split(block)) / len(x), y.double().mean(0), 0, 0
     for a, b in zip(x.split(block), y.split(block)):
         a, b = a.double() - mean_x, b.double() - mean_y
@@ -541,129 +526,124 @@ def ridge(x, y, x_val, y_val, block=65536):
 
 
 def linear_probe(model, run):
-    """--phase lp: the head alone, in float32, on features computed once. Minutes at most, so there is nothing to resume.
-    -> best val cosine"""
-    args, data, device, phase, best = run.args, run.data, run.device, run.phase, -math.inf
+    """--phase lp: the head alone, in float32, on one process: minutes, so nothing to resume. -> best val cosine"""
+    args, data, device, best = run.args, run.data, run.device, -math.inf
     x, y = extract_features(model, run), torch.from_numpy(data.targets)  # (views, N, D), (N, 384)
     if run.rank > 0:
         return best
-    if isinstance(model.head, nn.Linear):  # start from the closed form
+    start_log(run)
+    if args.head == "linear":  # start from the closed form
         train, val = data.train, data.held["val"]
         weight, bias, lam, score = ridge(x[:, train].flatten(0, 1), y[train].repeat(len(x), 1), x[0, val], y[val])
         scale = model.head.weight.std() / weight.std()  # the cosine ignores it, but Adam's step size does not
         model.head.load_state_dict({"weight": weight * scale, "bias": bias * scale})
         print(f"ridge head: lambda {lam:.3g} of 25 by val cosine, {score:.4f}")
-    head = model.head.to(device)
-    groups = [{"params": [p for p in head.parameters() if p.ndim > 1], "weight_decay": args.wd},
-              {"params": [p for p in head.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    per_epoch, batches, log = len(data.train) // args.batch_size, batch_sampler(data.train, args, 0), open_log(phase, args)
-    total = args.epochs * per_epoch
+    groups = param_groups(model.to(device), args.lr, args.wd, unfreeze_from=max(depths(model).values()))  # the head's
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    batches, per_epoch = batch_sampler(data.train, args, 0), len(data.train) // args.batch_size
+    step, total = 0, args.epochs * per_epoch
     for epoch in range(args.epochs + 1):  # epoch 0 is the start
         losses, row = [], {"epoch": epoch}
-        head.train()
-        for step in range(max(0, epoch - 1) * per_epoch, epoch * per_epoch):
+        model.head.train()
+        while step < epoch * per_epoch:
             rows, mirrored = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * lr_at(step, total, min(args.warmup, total // 5))
             loss = loss_fn(model.embed(x[mirrored.astype(int), rows].float().to(device)), y[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(head.parameters(), args.grad_clip_norm or math.inf)
+            nn.utils.clip_grad_norm_(model.head.parameters(), args.grad_clip_norm or math.inf)
             optimizer.step()
             losses.append(loss.detach())
-        head.eval()
+            step += 1
+        if losses:
+            row["loss"] = torch.stack(losses).mean().item()
+        model.head.eval()
         with torch.inference_mode():
-            row |= {"loss": torch.stack(losses).mean().item()} if losses else {}
             for split, rows in data.held.items():  # ood is only looked at, never selected on
-                predicted = [model.embed(x[0, r].float().to(device)).cpu() for r in torch.from_numpy(rows).split(8192)]
+                predicted = [model.embed(x[0, r].float().to(device)).cpu() for r in split_batches(rows, 8192)]
                 row[f"{split}_cosine"] = 1 - loss_fn(torch.cat(predicted), y[rows]).item()
         if not all(map(math.isfinite, row.values())):
             sys.exit(f"epoch {epoch}: not finite, {row}; try a lower --lr")
-        log(epoch * per_epoch, **row)
+        log(run, step, **row)
         if row["val_cosine"] > best:
-            best, best_head = row["val_cosine"], copy.deepcopy(head.state_dict())
-            about = {"weights": "raw", "step": epoch * per_epoch, **row}
+            best, best_head = row["val_cosine"], copy.deepcopy(model.head.state_dict())
+            about = {"weights": "raw", "step": step, **row}
         if epoch % -(-args.epochs // 10) == 0 or epoch == args.epochs:
-            report(phase, f"epoch {epoch} ({epoch / args.epochs:.0%})", row, best, data)
-    head.load_state_dict(best_head)
-    save_model(model, {**run.meta, **about}, phase / "best.safetensors")
-    log(total, done=True, best=best)
+            report(run, f"epoch {epoch} ({epoch / args.epochs:.0%})", row, best)
+    model.head.load_state_dict(best_head)
+    save_model(model, {**run.meta, **about}, run.phase / "best.safetensors")
+    log(run, total, done=True, best=best)
     return best
 
 
-# -------------------------------------------------------------------------------------------------------- fine-tuning
+# ----------------------------------------------------- fine-tuning
 
 def freeze_and_checkpoint(model, args):
-    """BatchNorm of a pretrained backbone, and of frozen layers, keeps its statistics. --grad-checkpointing, or one line
-    where it would do nothing or harm."""
-    norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+    """BatchNorm of pretrained backbones and frozen layers keeps its statistics. Turns on --grad-checkpointing."""
+    norms = [m for m in model.backbone.modules() if isinstance(m, BatchNorm)]
     model.frozen = [m for m in norms if model.spec["pretrained"] != "none" or not m.weight.requires_grad]
     if args.grad_checkpointing:
-        if len(norms) > len(model.frozen):  # the second forward pass would move the running statistics again
-            sys.exit("--grad-checkpointing: not with BatchNorm that trains")
-        if not hasattr(model.backbone, "set_grad_checkpointing") or type(model.backbone).__name__ == "ModifiedResNet":
-            sys.exit("--grad-checkpointing: this backbone has none; lower --batch-size and raise --accum-freq instead")
+        # BatchNorm that trains would move its statistics twice, and open_clip's ResNets ignore the switch
+        if len(norms) > len(model.frozen) or type(model.backbone).__name__ == "ModifiedResNet":
+            sys.exit("--grad-checkpointing: not for this backbone; lower --batch-size and raise --accum-freq instead")
         model.backbone.set_grad_checkpointing(True)
 
 
 def validate(models, run, step, total, best):
-    """Score every kind of weights on every held-out split; keep the best by val cosine, strictly better. Every process
-    scores its share of the batches, with the buffers of rank 0, which are those that are saved.
-    -> best val cosine so far, val cosine of the raw weights"""
-    args, data, device, row = run.args, run.data, run.device, {}
+    """On rank 0: score every model on every held-out split and save the best by val cosine. -> best val cosine so far,
+    val cosine of the raw weights"""
+    data, row = run.data, {}
     for kind, model in models.items():
         model.eval()
-        for buffer in model.buffers() if run.world > 1 else ():
-            dist.broadcast(buffer, 0)
         for split, rows in data.held.items():
-            batches, cosines = split_batches(rows, args.batch_size)[run.rank::run.world], [0.0]
-            for r, x in zip(batches, make_loader(ImageDataset(data.paths, model.spec), batches, args, device)):
-                with torch.inference_mode(), run.autocast():
-                    predicted = model(x.to(device, non_blocking=True))
-                cosines.append((predicted * torch.from_numpy(data.targets[r]).to(device)).sum(-1).double().sum())
-            row[f"{split}_cosine" + "_ema" * (kind == "ema")] = reduce_all(float(sum(cosines))) / len(rows)
+            batches, total_cosine = split_batches(rows, run.args.batch_size), 0
+            for r, x in zip(batches, make_loader(run.images, batches, run.args, run.device)):
+                with torch.inference_mode(), autocast(run.device, run.args.precision):
+                    predicted = model(x.to(run.device, non_blocking=True))
+                targets = torch.from_numpy(data.targets[r]).to(run.device)
+                total_cosine += (predicted * targets).sum(-1).double().sum()
+            row[f"{split}_{COLUMN[kind]}"] = float(total_cosine) / len(rows)
+    models["raw"].train()
     if not all(map(math.isfinite, row.values())):
         sys.exit(f"step {step}: validation is not finite, {row}; try --precision fp32")
-    kind = max(models, key=lambda k: row["val_cosine" + "_ema" * (k == "ema")])
-    top = row["val_cosine" + "_ema" * (kind == "ema")]
-    if run.rank == 0:
-        run.log(step, **row)
-        if top > best:  # ood is only looked at
-            save_model(models[kind], {**run.meta, **row, "weights": kind, "step": step, "val_cosine": top},
-                       run.phase / "best.safetensors")
-        report(run.phase, f"step {step:,} ({step / total:.0%})", row, max(best, top), data)
-    models["raw"].train()
-    return max(best, top), row["val_cosine"]
+    log(run, step, **row)
+    kind = max(models, key=lambda k: row[f"val_{COLUMN[k]}"])  # ood is only looked at
+    if (score := row[f"val_{COLUMN[kind]}"]) > best:
+        best, about = score, {**row, "weights": kind, "step": step, "val_cosine": score}
+        save_model(models[kind], {**run.meta, **about}, run.phase / "best.safetensors")
+    report(run, f"step {step:,} ({step / total:.0%})", row, best)
+    return best, row["val_cosine"]
 
 
 def settle(recent, step, scaler, world):
-    """Losses and gradient norms since the last look, tensors (2,) of the steps before `step` -> losses as floats, means
-    over the processes. Exits at one that is not finite, before anything is saved. Waits for the device, so it is rare."""
+    """(Loss, gradient norm) tensors of the last steps -> losses as floats, means over processes. Exits at one that is
+    not finite, before anything is saved. Waits for the device, so it is rare."""
     losses, norms = torch.stack(recent).double().cpu().unbind(1)
-    bad = ~losses.isfinite() | (~norms.isfinite() & (not scaler.is_enabled()))  # overflow is the scaler's own business
-    if bad.any() or scaler.is_enabled() and scaler.get_scale() < 2 ** -10:  # it halves at every step that it skips
+    bad = ~losses.isfinite() | (~norms.isfinite() & (not scaler.is_enabled()))  # the scaler skips steps that overflow
+    if bad.any() or scaler.is_enabled() and scaler.get_scale() < 2 ** -10:  # and halves at each of them
         i = int(bad.int().argmax())
-        sys.exit(f"step {step - len(recent) + i}: loss {losses[i]:.4g}, gradient norm {norms[i]:.4g}: not finite, or beyond "
-                 "float16. What is saved is from before; start again (--overwrite) with a lower --lr or --precision fp32")
+        sys.exit(f"step {step - len(recent) + i}: loss {losses[i]:.4g}, gradient {norms[i]:.4g}: not finite, or beyond "
+                 "float16; start again (--overwrite) with a lower --lr or --precision fp32")
     return reduce_all(losses / world)
 
 
 def finetune(model, run, last=None):
-    """--phase ft: everything, by mixed precision, accumulation, MixGen, EMA and DDP. last: what last.pt holds, or None.
-    A signal (Ctrl-C, SIGTERM, SLURM's SIGUSR1) finishes the step and saves. -> best val cosine, that signal or 0"""
+    """--phase ft: everything. last: what last.pt holds, or None. A signal finishes the step and saves. -> best val
+    cosine, that signal or 0"""
     args, data, device, rank, world = run.args, run.data, run.device, run.rank, run.world
     groups = param_groups(model, args.lr, args.wd, args.layer_decay, args.unfreeze_from)
     params = [p for g in groups for p in g["params"]]
     freeze_and_checkpoint(model, args)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)  # or any other of torch's kind
+    optimizer = torch.optim.AdamW(groups, fused=True)  # or any other of torch's kind
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "amp")
     models = {"raw": model} | ({"ema": copy.deepcopy(model).requires_grad_(False)} if args.ema else {})
     encoder = load_encoder(data.summary["text_model"]["name"], device)[0] if args.mixgen else None
     batch, m = args.batch_size * args.accum_freq * world, round(args.mixgen * args.batch_size)
     per_epoch = len(data.train) // batch
-    step, best, score, losses, recent, total = 0, -math.inf, math.nan, [], [], args.epochs * per_epoch
+    total = min(2, args.epochs * per_epoch) if args.dry_run else args.epochs * per_epoch  # the second is measured
+    step, best, score, losses, recent = 0, -math.inf, math.nan, [], []
     parts = {**models, "optimizer": optimizer, "scaler": scaler}
     if last:
         for key, part in parts.items():
@@ -671,21 +651,20 @@ def finetune(model, run, last=None):
         step, best, score, losses = (last[k] for k in ("step", "best", "score", "losses"))
     if args.compile:
         model.compile(dynamic=False)  # in place: wrapping would rename every key of the checkpoint
-    forward = model if world == 1 else nn.parallel.DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None)
-    run.log = open_log(run.phase, args, step) if rank == 0 and not args.dry_run else lambda step, **row: None
+    forward = model if world == 1 else nn.parallel.DistributedDataParallel(model)
     stop, stopping = [], 0
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for s in SIGNALS:
         signal.signal(s, lambda number, _: stop.append(number))
-    for g in groups if args.dry_run else ():
-        print(f"  depth {g['depth']:>3} · lr {g['peak']:.2e} · weight decay {g['weight_decay']:g} · "
-              f"{sum(p.numel() for p in g['params']):>12,} parameters")
-    if step == 0 and not args.dry_run:  # ft starts at the lp score
-        best, score = validate(models, run, step, total, best)
+    if args.dry_run:
+        for g in groups:
+            print(f"depth {g['depth']} · lr {g['peak']:.2e} · {sum(p.numel() for p in g['params']):,} parameters")
+    elif rank == 0:
+        start_log(run, step)
+        if step == 0:  # ft starts at the lp score
+            best, score = validate(models, run, step, total, best)
     model.train()
-    batches = batch_sampler(data.train, args, step, rank, world)
-    ahead = (rows for rows, _ in batch_sampler(data.train, args, step, rank, world))  # the loader's workers run ahead
-    images = iter(make_loader(ImageDataset(data.paths, model.spec), ahead, args, device))
+    batches, ahead = itertools.tee(batch_sampler(data.train, args, step, rank, world))  # the loader's workers run ahead
+    images = iter(make_loader(run.images, (rows for rows, _ in ahead), args, device))
     saved, clock, logged = time.perf_counter(), time.perf_counter(), step
 
     while step < total and not stopping:
@@ -704,7 +683,7 @@ def finetune(model, run, last=None):
                 joined = [f"{data.prompts[a]} {data.prompts[b]}" for a, b in zip(rows[:m], rows[m:2 * m])]
                 x, y = mixgen(x, y, torch.from_numpy(encode(joined, encoder)).to(device))
             with nullcontext() if world == 1 or micro == args.accum_freq - 1 else forward.no_sync():
-                with run.autocast():
+                with autocast(device, args.precision):
                     predicted = forward(x)
                 loss = loss_fn(predicted, y) / args.accum_freq
                 scaler.scale(loss).backward()
@@ -725,85 +704,84 @@ def finetune(model, run, last=None):
         if logging or saving:
             losses, recent = losses + settle(recent, step, scaler, world), []
         if logging:
-            rate, loss = (step - logged) * batch / (time.perf_counter() - clock), sum(losses) / len(losses)
+            rate = (step - logged) * batch / (time.perf_counter() - clock)
             peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(0).ru_maxrss * 1024
-            row = {"epoch": round(step / per_epoch, 3), "loss": loss, "lr": args.lr * factor, "grad_norm": norm.item(),
-                   "images_per_s": round(rate, 1), "memory_gib": round(peak / 2**30, 2)}
-            run.log(step, **row)
+            row = {"epoch": round(step / per_epoch, 3), "loss": sum(losses) / len(losses), "lr": args.lr * factor,
+                   "grad_norm": norm.item(), "images_per_s": round(rate, 1),
+                   "memory_gib": round(peak / 2**30, 2)}
+            log(run, step, **row)
             if rank == 0:
-                print(f"step {step:,} ({step / total:.0%}) · loss {loss:.4f} · val {score:.4f} · lr {row['lr']:.2e} · "
-                      f"grad {norm:.2f} · {rate:.0f} images/s · {row['memory_gib']:.1f} GiB · "
-                      f"ETA {(total - step) * batch / rate / 60:.1f} min", flush=True)
+                facts = " · ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items())
+                eta = (total - step) * batch / rate / 60
+                print(f"step {step:,} ({step / total:.0%}) · {facts} · val {score:.4f} · ETA {eta:.1f} min", flush=True)
             losses, logged, clock = [], step, time.perf_counter()
-        if args.dry_run and step == 2:  # a step to warm up, one that was measured
-            break
+        if args.dry_run:
+            continue
         paused = time.perf_counter()
-        if epoch_end:
+        if epoch_end and rank == 0:
             best, score = validate(models, run, step, total, best)
         if saving:
             if rank == 0:
+                state = {"step": step, "best": best, "score": score, "losses": losses, "args": vars(args),
+                         "world": world, "meta": {**run.meta, **model.meta}}
+                state |= {key: part.state_dict() for key, part in parts.items()}
                 with atomic(run.phase / "last.pt") as f:
-                    torch.save({**{k: part.state_dict() for k, part in parts.items()}, "step": step, "best": best,
-                                "score": score, "losses": losses, "meta": {**run.meta, **model.describe()},
-                                "args": vars(args), "world": world}, f)
+                    torch.save(state, f)
             reduce_all(0)  # torchrun kills the process that still writes when another has left
             saved = time.perf_counter()
         clock += time.perf_counter() - paused  # images/s are those of training
     if step == total:
-        run.log(step, done=True, best=best)
+        log(run, step, done=True, best=best)
     return best, stopping if step < total else 0
 
 
-# --------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------ main
 
 def parse_args(argv=None):
     def unset(key):
         return f"unset = {DEFAULTS['lp'][key]:g} for lp, {DEFAULTS['ft'][key]:g} for ft"
 
     p = make_parser(__doc__)
-    p.add_argument("--phase", choices=["lp", "ft"], required=True,
-                   help="lp: the head on frozen features; ft: everything, from the lp head")
-    p.add_argument("--data", help="folder written by clean.py; unset = data/demo")
-    p.add_argument("--out", help="run folder; unset = runs/ and the name of the data folder")
-    p.add_argument("--overwrite", action="store_true", help="replace an earlier run of this phase")
-    p.add_argument("--resume", action="store_true", help="ft: continue from last.pt, with all its settings but --data, "
-                   "--out and --workers")
-    p.add_argument("--init", metavar="PATH", help="ft: run to start from; unset = lp of --out, none = a cold start")
-    p.add_argument("--seed", type=int, default=0, help="of initialisation, data order and augmentation")
-    p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
-    p.add_argument("--dry-run", action="store_true", help="ft: show learning rates by depth, measure peak memory and "
-                   "images/s of one step, write nothing")
-    g = p.add_argument_group("model (ft takes it from its start)")
-    g.add_argument("--model", help="open_clip name or .json, or timm:NAME; unset = as the data says (ViT-L-14)")
-    g.add_argument("--pretrained", help="tag, weights file, or none; unset = as the data says (openai)")
-    g.add_argument("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="of the timm model")
-    g.add_argument("--force-quick-gelu", action="store_true", help="for OpenAI-style weights files, which have no tag")
-    g.add_argument("--image-size", type=int, help="pixels; unset = the backbone's own")
-    g.add_argument("--image-mean", type=float, nargs=3, help="unset = the backbone's own")
-    g.add_argument("--image-std", type=float, nargs=3, help="unset = the backbone's own")
-    g.add_argument("--head", choices=HEADS, help="unset = linear; mlp: 16 * 1024 wide, BatchNorm, ReLU")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, help=unset("epochs"))
-    g.add_argument("--batch-size", type=int, help=f"of one micro-batch on one device; {unset('batch_size')}")
-    g.add_argument("--accum-freq", type=int, default=1, help="micro-batches per step; raise it as --batch-size falls")
-    g.add_argument("--lr", type=float, help=f"peak learning rate; {unset('lr')}")
-    g.add_argument("--wd", type=float, default=0.01, help="weight decay of matrices; biases and norms have none")
-    g.add_argument("--warmup", type=int, help=f"steps, at most a fifth of the run; {unset('warmup')}")
-    g.add_argument("--grad-clip-norm", type=float, default=1.0, help="0 = off")
-    g.add_argument("--hflip", type=float, default=0.0, metavar="P", help="probability of a mirror image")
-    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto",
-                   help="auto: bf16 where the hardware has it; fp32 is TF32 on a GPU")
-    g.add_argument("--compile", action="store_true", help="pays off from some hundred steps on")
-    g = p.add_argument_group("ft")
-    g.add_argument("--mixgen", type=float, default=0.0, metavar="FRACTION", help="share of a batch to blend, up to 0.5")
-    g.add_argument("--layer-decay", type=float, default=1.0, help="lr factor per block, downwards; medals: 0.4 to 0.6")
-    g.add_argument("--unfreeze-from", type=int, default=0, metavar="DEPTH",
-                   help="freeze what is below: 0 the stem, then one per block; --dry-run lists them")
-    g.add_argument("--ema", type=float, metavar="DECAY", help=f"average the weights too; 0 = off; {unset('ema')}")
-    g.add_argument("--grad-checkpointing", action="store_true", help="a third more time, far less memory")
-    g.add_argument("--log-every", type=int, default=20, help="steps")
-    g.add_argument("--save-every", type=float, default=5, help="minutes between writes of last.pt")
-    g.add_argument("--wandb", action="store_true", help="besides metrics.jsonl")
+    add = p.add_argument
+    add("--phase", choices=["lp", "ft"], required=True, help="lp: the head on frozen features; ft: everything")
+    add("--data", help="folder written by clean.py; unset = data/demo")
+    add("--out", help="run folder; unset = runs/ and the name of the data folder")
+    add("--init", help="ft: run to start from; unset = lp of --out, none = a cold start")
+    add("--seed", type=int, default=0, help="of initialisation, data order and augmentation")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--overwrite", action="store_true", help="replace an earlier run of this phase")
+    add("--resume", action="store_true", help="ft: continue from last.pt, with its settings")
+    add("--dry-run", action="store_true", help="ft: print learning rates by depth, time one step, write nothing")
+    add = p.add_argument_group("model (ft takes it from its start)").add_argument
+    add("--model", help="open_clip name or .json, or timm:NAME; unset = as the data says (ViT-L-14)")
+    add("--pretrained", help="tag, weights file, or none; unset = as the data says (openai)")
+    add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="of the timm model")
+    add("--force-quick-gelu", action="store_true", help="for OpenAI-style weights files, which have no tag")
+    add("--image-size", type=int, help="pixels; unset = the backbone's own, as is the rest")
+    add("--image-mean", type=float, nargs=3)
+    add("--image-std", type=float, nargs=3)
+    add("--head", choices=HEADS, help="unset = linear; mlp: 16 * 1024 wide, BatchNorm, ReLU")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, help=unset("epochs"))
+    add("--batch-size", type=int, help=f"of one micro-batch on one device; {unset('batch_size')}")
+    add("--lr", type=float, help=f"peak learning rate; {unset('lr')}")
+    add("--wd", type=float, default=0.01, help="weight decay of matrices")
+    add("--warmup", type=int, help=f"steps, at most a fifth of the run; {unset('warmup')}")
+    add("--grad-clip-norm", type=float, default=1.0, help="0 = off")
+    add("--hflip", type=float, default=0.0, help="probability of a mirror image")
+    add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="pays off from some hundred steps on")
+    add("--wandb", action="store_true", help="besides metrics.jsonl")
+    add = p.add_argument_group("ft").add_argument
+    add("--accum-freq", type=int, default=1, help="micro-batches per step; raise it as --batch-size falls")
+    add("--mixgen", type=float, default=0.0, help="share of a batch to blend, up to 0.5")
+    add("--layer-decay", type=float, default=1.0, help="lr factor per block, downwards; medals: 0.4 to 0.6")
+    add("--unfreeze-from", type=int, default=0, help="freeze lower depths; --dry-run lists them")
+    add("--ema", type=float, help=f"decay of averaged weights; 0 = off; {unset('ema')}")
+    add("--grad-checkpointing", action="store_true", help="a third more time, far less memory")
+    add("--log-every", type=int, default=20, help="steps")
+    add("--save-every", type=float, default=5, help="minutes between writes of last.pt")
     return p.parse_args(argv)
 
 
@@ -816,46 +794,41 @@ def key_value(item):
         return key, value
 
 
-def flags(keys):
-    return ", ".join(f"--{k.replace('_', '-')}" for k in keys)
+def refuse(args, keys, why):
+    """Exit if one of these flags was given."""
+    unset = parse_args(["--phase", args.phase])
+    if given := [k for k in keys.split() if getattr(args, k) != getattr(unset, k)]:
+        sys.exit(f"--{' --'.join(given).replace('_', '-')}: {why}")
 
 
 def find_start(args, phase):
-    """What training starts from -> settings; metadata of that model, with its "path", or None where the command line
-    says what to build; what last.pt holds, with --resume."""
-    if args.resume:
-        if not (phase / "last.pt").is_file():
-            sys.exit(f"{phase}: nothing to resume (no last.pt); lp keeps its features, so simply run it again")
-        try:
-            last = torch.load(phase / "last.pt", map_location="cpu", weights_only=True)
-            settings, begin = last["args"] | {"resume": True, "out": args.out, "workers": args.workers}, last["meta"]
-        except Exception as e:  # a decoder, of a file that may be cut or foreign
-            sys.exit(f"{phase}/last.pt: not a readable checkpoint ({reason(e)}); start again with --overwrite")
-        if last["world"] != int(os.environ.get("WORLD_SIZE", 1)):
-            sys.exit(f"{phase}/last.pt: was written by {last['world']} processes; resume it on as many")
-        return argparse.Namespace(**settings | ({"data": args.data} if args.data else {})), begin, last
-    args.data = args.data or "data/demo"
-    if (phase / "metrics.jsonl").exists() and not (args.overwrite or args.dry_run):
+    """-> metadata of the checkpoint that ft starts from, and its "path"; None: the command line says what to build."""
+    if (phase / "best.safetensors").exists() and not (args.overwrite or args.dry_run):
         sys.exit(f"{phase}: a run is already there; --overwrite it, choose another --out, or (ft) --resume it")
-    of_ft = [k for k in ("init", "mixgen", "unfreeze_from", "ema", "grad_checkpointing", "dry_run") if getattr(args, k)]
-    if args.phase == "lp" and (of_ft or args.layer_decay != 1):
-        sys.exit(f"{flags(of_ft or ['layer_decay'])}: for --phase ft; lp trains the head alone, on features computed once")
+    if args.phase == "lp":
+        refuse(args, FT_ONLY, "for --phase ft; lp trains the head alone")
     if args.phase == "lp" or args.init == "none":
-        return args, None, None
-    if not args.init and not (Path(args.out) / "lp/best.safetensors").is_file():
-        sys.exit(f"{args.out}/lp: no lp phase to start from; run: python train.py --phase lp --data {args.data} "
-                 f"--out {args.out}  (or --init PATH)")
+        return None
     path = find_checkpoint(args.init or Path(args.out) / "lp")
-    if args.overwrite and path.resolve().parent == phase.resolve():
-        sys.exit(f"--init {args.init}: is what --overwrite would replace; choose another --out")
-    of_model = ("model", "pretrained", "model_kwargs", "force_quick_gelu", "image_size", "image_mean", "image_std", "head")
-    if given := [k for k in of_model if getattr(args, k)]:
-        sys.exit(f"{flags(given)}: ft takes its model from {path}; leave them out, or train that lp first")
-    return args, load_meta(path) | {"path": path}, None
+    refuse(args, OF_MODEL, f"ft takes its model from {path}; leave them out, or train that lp first")
+    return load_meta(path) | {"path": path}
+
+
+def load_last(args, file):
+    """--resume -> settings, those of last.pt but for what may differ on this machine; all that it holds."""
+    try:
+        last = torch.load(file, map_location="cpu", weights_only=True)
+        mine = {k: getattr(args, k) for k in ("out", "workers", "resume", "overwrite")}
+        settings, world = last["args"] | mine | ({"data": args.data} if args.data else {}), last["world"]
+    except Exception as e:  # a decoder, of a file that may be cut, foreign or missing
+        sys.exit(f"{file}: nothing to resume ({reason(e)}); start again with --overwrite (lp keeps its features)")
+    if world != int(os.environ.get("WORLD_SIZE", 1)):
+        sys.exit(f"{file}: was written by {world} processes; resume it on as many")
+    return argparse.Namespace(**settings), last
 
 
 def check_settings(args, begin):
-    """Fill what the command line leaves open, by what the data folder recommends and by DEFAULTS; check what is cheap."""
+    """Fill in what the command line leaves open, as the data folder recommends or by DEFAULTS. Check what is cheap."""
     summary = read_data(args.data)[2]
     advice, model = summary["recommend"], begin["backbone"]["model"] if begin else args.model
     advice = advice if model in (None, advice["model"]) else {}  # it is for one model
@@ -865,35 +838,37 @@ def check_settings(args, begin):
         known |= {k: advice[k] for k in ("model", "pretrained", "image_size") if k in advice}
     for key, value in known.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    for low, high, keys in ((0, 1, "hflip"), (0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0, 0.999999, "ema"),
-                            (1e-12, 1e6, "lr"), (0, 1e12, "workers seed warmup wd grad_clip_norm save_every unfreeze_from"),
-                            (1, 1e12, "epochs accum_freq log_every"), (2, 1e12, "batch_size"), (8, 2048, "image_size")):
+    for low, high, keys in RANGES:
         for key in keys.split():
             if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
-                sys.exit(f"{flags([key])} {getattr(args, key)}: must be in [{low}, {high:g}]")
+                sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low}, {high:g}]")
     mixed = args.mixgen * args.batch_size
     if abs(mixed - round(mixed)) > 1e-6:
         sys.exit(f"--mixgen {args.mixgen}: blends {mixed:g} of a --batch-size of {args.batch_size}; must be whole")
     if begin and begin["text_model"] != summary["text_model"]:
-        sys.exit(f"{begin.get('path', 'last.pt')}: was trained for {begin['text_model']['name']} targets, "
-                 f"but {args.data} has {summary['text_model']['name']}")
-    if args.resume and begin["data_hashes"] != summary["hashes"]:
-        sys.exit(f"{args.data}: is not the data that last.pt was trained on; start again with --overwrite")
+        sys.exit(f"{args.data}: other targets than the start was trained for, {begin['text_model']['name']}'s")
     if args.wandb and not importlib.util.find_spec("wandb"):
         sys.exit("--wandb: not installed; pip install wandb")
+    if args.resume and begin["data_hashes"] != summary["hashes"]:
+        sys.exit(f"{args.data}: is not the data that last.pt was trained on; start again with --overwrite")
 
 
 def main():
     args = parse_args()
     args.out = str(Path(args.out or f"runs/{Path(args.data or 'data/demo').resolve().name}"))
-    phase = Path(args.out) / args.phase
-    args, begin, last = find_start(args, phase)
+    phase, last, lp = Path(args.out) / args.phase, None, args.phase == "lp"
+    if args.resume:
+        args, last = load_last(args, phase / "last.pt")
+        begin = last["meta"]
+    else:
+        args.data = args.data or "data/demo"
+        begin = find_start(args, phase)
     check_settings(args, begin)
     atexit.register(kill_workers)
-    rank, world, lp = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.phase == "lp"
-    device = pick_device()
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while rank 0 validates
     torch.manual_seed(args.seed)
     batch = args.batch_size * args.accum_freq * (1 if lp else world)  # lp trains on one process
     data = load_data(args.data, batch)
@@ -909,20 +884,15 @@ def main():
         from timm.layers import convert_sync_batchnorm
         model = convert_sync_batchnorm(model)
     spec, args.precision = model.spec, pick_precision(args.precision, device, model.backbone)
-    meta = {"phase": args.phase, "text_model": data.summary["text_model"], "data": args.data,
-            "data_hashes": data.summary["hashes"], "baseline": data.baseline["val"], "n_val": len(data.held["val"]),
-            "mean_target": data.mean.tolist(), "args": vars(args)}
+    meta = {"args": vars(args), "data": args.data, "data_hashes": data.summary["hashes"],
+            "text_model": data.summary["text_model"], "mean_target": data.mean.tolist(), "n_val": len(data.held["val"])}
     run = SimpleNamespace(args=args, data=data, phase=phase, meta=meta, device=device, rank=rank, world=world,
-                          autocast=lambda: torch.autocast(device.type, DTYPES[args.precision],
-                                                          enabled=args.precision != "fp32"))
+                          images=ImageDataset(data.paths, spec))
     if rank == 0:
-        gelu = "" if "quick_gelu" not in spec else ", QuickGELU" if spec["quick_gelu"] else ", GELU"
-        print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{gelu}), {spec['image_size']} px, {model.head_name} head, "
-              f"{len(data.train):,} train rows, {args.epochs} epochs of {len(data.train) // batch} steps of {batch} on "
-              f"{1 if lp else world} x {device.type}, {args.precision}", flush=True)
-        if args.overwrite and not args.dry_run:  # only now, when nothing can be wrong any more
-            for name in ("metrics.jsonl", "best.safetensors", "last.pt", "curve.png"):
-                (phase / name).unlink(missing_ok=True)
+        gelu = ", QuickGELU" if spec.get("quick_gelu") else ""
+        print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{gelu}), {spec['image_size']} px, "
+              f"{model.meta['head']} head, {len(data.train):,} train rows, {args.epochs} epochs of "
+              f"{len(data.train) // batch} steps of {batch} on {world} x {device.type}, {args.precision}", flush=True)
     try:
         best, stopped = (linear_probe(model, run), 0) if lp else finetune(model, run, last)
     except BadImage as e:  # out of a loader worker it comes wrapped in its traceback
@@ -934,7 +904,7 @@ def main():
         sys.exit(128 + stopped)
     if rank == 0 and not args.dry_run:
         print(f"{args.phase} done: best val cosine {best:.4f} (n = {meta['n_val']}), constant baseline "
-              f"{meta['baseline']:.4f} -> {phase}/best.safetensors")
+              f"{data.baseline['val']:.4f} -> {phase}/best.safetensors")
 
 
 if __name__ == "__main__":

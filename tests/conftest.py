@@ -1,4 +1,5 @@
-"""What the tests share: the real commands as subprocesses, a small drawn world, and a tiny CLIP (tests/tiny.json)."""
+"""What the tests share: the real commands as subprocesses, a small synthetic set, and a tiny CLIP (tests/tiny.json)."""
+import io
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests/tiny.json")
@@ -19,31 +21,39 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the development d
 
 
 def command(script, *args, ok=True, cwd=None, env=None, timeout=600):
-    """Run `python script args` -> CompletedProcess. With ok=False it must say why on stderr, without a traceback, and
-    exit non-zero."""
+    """Run `python script args` -> CompletedProcess. With ok=False it must exit non-zero and say why on stderr, with no
+    traceback."""
     done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True,
                           cwd=cwd or ROOT, env={**os.environ, **(env or {})}, timeout=timeout)
     if ok:
         assert done.returncode == 0, f"{script} {args}\n{done.stdout}\n{done.stderr}"
     else:
-        assert done.returncode != 0, f"{script} {args} went through\n{done.stdout}"
+        assert done.returncode != 0, f"{script} {args} did not fail\n{done.stdout}"
         assert "Traceback" not in done.stderr, done.stderr
         assert done.stderr.strip(), "no message"
     return done
 
 
+def png(colour="red", size=(32, 24), **kwargs):
+    """The bytes of a PNG of one colour but for a pixel, because clean.py drops images that are blank."""
+    image = Image.new("RGB", size, colour)
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(out := io.BytesIO(), "PNG", **kwargs)
+    return out.getvalue()
+
+
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
-    """200 drawn pairs, clean, as a folder with prompts.csv and images/. Read only: copy before changing."""
-    from clean import draw_demo
-    folder = tmp_path_factory.mktemp("raw") / "world"
-    draw_demo(folder, rows=200, dirt=0)
+    """A folder with prompts.csv and images/: 200 pairs of the demo, none corrupted. Read only: copy before changing."""
+    from demo import draw_demo
+    folder = tmp_path_factory.mktemp("raw") / "demo-raw"
+    draw_demo(folder, rows=200, corrupted=0)
     return folder
 
 
 @pytest.fixture(scope="session")
 def data(raw, tmp_path_factory):
-    """The same, cleaned: 40 validation rows."""
+    """The data folder that clean.py makes of it, with 40 validation rows."""
     out = tmp_path_factory.mktemp("data") / "tiny"
     command("clean.py", raw / "prompts.csv", "--out", out, "--val-fraction", 0.2, "--size", 48, "--workers", 1)
     return out
@@ -51,7 +61,7 @@ def data(raw, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
-    """lp and ft of the tiny CLIP on it -> run folder."""
+    """The run folder of a tiny CLIP trained on it: lp, then ft."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     flags = ["--data", data, "--out", run, "--batch-size", 32, "--workers", 0, "--precision", "fp32", "--log-every", 1]
     command("train.py", "--phase", "lp", "--model", TINY, "--pretrained", "none", "--epochs", 4, *flags)
@@ -61,7 +71,7 @@ def trained(data, tmp_path_factory):
 
 @pytest.fixture
 def table(tmp_path):
-    """A function that writes rows of dicts as a CSV and returns its path."""
+    """A function that writes rows (dicts) as a CSV and returns its path."""
     def write(rows, name="pairs.csv"):
         pl.DataFrame(rows).write_csv(tmp_path / name)
         return tmp_path / name
@@ -70,7 +80,7 @@ def table(tmp_path):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A function that copies a folder into tmp_path and returns it."""
+    """A function that copies a folder into tmp_path and returns the copy."""
     def copy(folder):
         shutil.copytree(folder, tmp_path / folder.name, symlinks=True)
         return tmp_path / folder.name

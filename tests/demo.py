@@ -7,7 +7,6 @@ import random
 import shutil
 import struct
 import sys
-from pathlib import Path
 
 import polars as pl
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps

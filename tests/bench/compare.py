@@ -1,0 +1,88 @@
+"""
+Two checkouts of this project against each other, in turns, so that whatever else the machine does meets both.
+$ git worktree add ../old COMMIT && python tests/bench/compare.py ../old . --rounds 3
+Each job runs as a command of its own in each checkout, on the same data: dedup (keep_one on synthetic clusters), lp and
+ft (demo images; ViT-B-32 with random weights for predict). Prints seconds, the ratio old / new (above 1: the new one is
+faster) and peak memory. --demo: a finished data/demo folder in both checkouts; else each makes its own first.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = """
+import json, resource, runpy, sys, time
+sys.path.insert(0, ".")
+code, start = sys.argv.pop(1), time.perf_counter()
+{body}
+print(json.dumps({{"seconds": time.perf_counter() - start,
+                  "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}}))
+"""
+DEDUP = """
+import numpy as np, torch, clean
+rng = np.random.default_rng(0)
+n, sizes = int(code), rng.zipf(1.7, int(code)).clip(max=int(code) // 50)
+centre = np.repeat(np.arange(n), sizes)[:n]
+x = rng.standard_normal((centre.max() + 1, 384), dtype=np.float32)[centre]
+x += rng.uniform(.1, .6, (n, 1)).astype(np.float32) * rng.standard_normal((n, 384), dtype=np.float32)
+x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)[rng.permutation(n)]
+clean.keep_one(x[:2000], .85)
+start = time.perf_counter()
+kept = int((clean.keep_one(x, .85)[0] == np.arange(n)).sum())
+print(json.dumps({"kept": kept}), file=sys.stderr)
+"""
+SCRIPT = """
+sys.argv = code.split()
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as e:
+    assert not e.code, e.code
+"""
+
+
+def run(checkout, job):
+    """-> {"seconds", "gib"} of one job in one checkout."""
+    body, code = (DEDUP, job.split()[1]) if job.startswith("dedup") else (SCRIPT, job)
+    done = subprocess.run([sys.executable, "-c", RUN.format(body=body.strip()), code], cwd=checkout, text=True,
+                          capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{checkout}: {job}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("old", type=Path)
+    p.add_argument("new", type=Path)
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--jobs", nargs="+", default=["dedup", "lp", "ft", "predict"])
+    p.add_argument("--rows", type=int, default=50_000, help="of dedup")
+    args = p.parse_args()
+    vit = "--model ViT-B-32 --pretrained none --out runs/bench-vit --overwrite"
+    jobs = {"dedup": f"dedup {args.rows}",
+            "lp": "train.py --phase lp --out runs/bench-lp --overwrite",
+            "ft": "train.py --phase ft --init runs/bench-lp --out runs/bench-ft --overwrite --epochs 2",
+            "predict": "predict.py --run runs/bench-vit --tta 2 --out preds/bench.npz --overwrite"}
+    for checkout in (args.old, args.new):
+        if not (checkout / "data/demo/summary.json").is_file():
+            run(checkout, "clean.py")
+        run(checkout, f"train.py --phase lp {vit} --epochs 1")
+    print(f"{'job':<8} {'old s':>8} {'new s':>8} {'old / new':>20} {'old GiB':>8} {'new GiB':>8}")
+    for name in args.jobs:
+        pairs = []
+        for _ in range(args.rounds):
+            for checkout in (args.old, args.new) if name == "lp" else ():  # features are computed, not found
+                subprocess.run(["rm", "-rf", "runs/.features", "runs/bench-lp/.features"], cwd=checkout, check=True)
+            pairs.append([run(checkout, jobs[name]) for checkout in (args.old, args.new)])
+        ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
+        cells = [statistics.median(r[i]["seconds"] for r in pairs) for i in (0, 1)]
+        peaks = [max(r[i]["gib"] for r in pairs) for i in (0, 1)]
+        print(f"{name:<8} {cells[0]:>8.1f} {cells[1]:>8.1f} {statistics.median(ratios):>6.2f} "
+              f"({min(ratios):.2f} to {max(ratios):.2f}) {peaks[0]:>8.2f} {peaks[1]:>8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
