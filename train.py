@@ -758,9 +758,9 @@ def parse_args(argv=None):
     add("--pretrained", help="tag, weights file, or none; unset = as the data says (openai)")
     add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="of the timm model")
     add("--force-quick-gelu", action="store_true", help="for OpenAI-style weights files, which have no tag")
-    add("--image-size", type=int, help="pixels; unset = the backbone's own, as is the rest")
-    add("--image-mean", type=float, nargs=3)
-    add("--image-std", type=float, nargs=3)
+    add("--image-size", type=int, help="pixels; unset = the backbone's own")
+    add("--image-mean", type=float, nargs=3, help="unset = the backbone's own")
+    add("--image-std", type=float, nargs=3, help="unset = the backbone's own")
     add("--head", choices=HEADS, help="unset = linear; mlp: 16 * 1024 wide, BatchNorm, ReLU")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, help=unset("epochs"))

@@ -69,7 +69,8 @@ def main():
     for checkout in (args.old, args.new):
         if not (checkout / "data/demo/summary.json").is_file():
             run(checkout, "clean.py")
-        run(checkout, f"train.py --phase lp {vit} --epochs 1")
+        if "predict" in args.jobs and not (checkout / "runs/bench-vit/lp/best.safetensors").is_file():
+            run(checkout, f"train.py --phase lp {vit} --epochs 1")
     print(f"{'job':<8} {'old s':>8} {'new s':>8} {'old / new':>20} {'old GiB':>8} {'new GiB':>8}")
     for name in args.jobs:
         pairs = []
