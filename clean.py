@@ -447,11 +447,15 @@ def top_k(queries, keys, k):
             index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
         index.add(keys)
     except ImportError:  # Kaggle has no faiss
-        matrix = torch.tensor(keys, device="cuda" if cuda else "cpu")
+        pass
+    matrix = None
 
     def search(q, n):
+        nonlocal matrix
         if index is not None and (n <= 2048 or not cuda):  # faiss on a GPU takes no more
             return index.search(q, n)
+        if matrix is None:
+            matrix = torch.from_numpy(keys).to("cuda" if cuda else "cpu")
         best = (torch.from_numpy(q).to(matrix.device) @ matrix.T).topk(n)
         return best.values.cpu().numpy(), best.indices.cpu().numpy()
 

@@ -2,12 +2,9 @@
 Average the predictions of several models, with weights learned where the truth is known if that pays.
 Reads preds/*.npz (predict.py) or Kaggle CSVs of anybody's models; writes one npz, its weights as JSON, and a chart.
 
-$ python ensemble.py                                            # every npz in preds/ except an earlier ensemble
+$ python ensemble.py                                               # every npz in preds/ except an earlier ensemble
 $ python ensemble.py test_a.npz other.csv --fit val/*.npz val/other.csv --submission submission.csv
-$ python ensemble.py --soup runs/a/ft runs/b/ft --out runs/soup    # average the weights of runs instead (also WiSE-FT:
-                                                                   # --soup runs/a/lp runs/a/ft)
-The cosine of a weighted average is w.a / sqrt(w' G w), with a the members' cosines and G their inner products, so
-learning never touches the embeddings.
+$ python ensemble.py --soup runs/a/ft runs/b/ft --out runs/soup    # average weights of runs (lp and ft: WiSE-FT)
 """
 import json
 import sys
@@ -16,68 +13,54 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from clean import atomic, make_parser
-from predict import (TTAModel, describe, order_for, predict, read_preds, read_validation, refuse_existing, write_preds,
-                     write_submission)
+from predict import (TTAModel, describe, find_rows, mean_and_error, order_for, predict, read_preds, read_validation,
+                     refuse_existing, write_preds, write_submission)
 from train import find_checkpoint, load_model, pick_device, save_model
 
-BLOCK = 4096   # rows at a time: memory is the members and little else
-FOLDS = 5      # of the cross-validation, by group
+BLOCK = 4096  # rows at a time: memory is the members and little else
+FOLDS = 5  # of the cross-validation, by group
 MIN_ROWS = 100  # fewer rows of known truth are too few to learn weights on
 
 
-# -------------------------------------------------------------------------------------------------------- the members
-
 def load_members(names):
-    """Predictions joined by id, in the order of the first -> dict: ids, x [M unit rows (N, D)], keys (what each was made
-    by), targets or None, groups or None. Exits in one line where ids, widths or targets differ."""
+    """Predictions joined by id -> dict: ids, x [M unit (N, D)], keys [(checkpoint or run, views)], targets, groups"""
     ids, truth, groups, x, keys = None, None, None, [], []
     for name in names:  # one file at a time: the targets that each carries are not held
         m = read_preds(name)
-        row = {i: n for n, i in enumerate(m["ids"].tolist())}
-        ids = ids or list(row)
-        missing, extra = set(ids) - set(row), set(row) - set(ids)
-        if missing or extra:
-            sys.exit(f"{name}: ids differ from those of {names[0]}: {len(missing)} missing {sorted(missing)[:3]}, "
-                     f"{len(extra)} extra {sorted(extra)[:3]}; predict the same images")
-        order = [row[i] for i in ids]
-        x.append(unit(m["embeddings"], order))
+        ids = ids or m["ids"].tolist()
+        order = find_rows(ids, m["ids"].tolist(), name)
+        x.append(unit(m["embeddings"][order]))
         if x[-1].shape != x[0].shape:
-            sys.exit(f"{name}: embeddings of width {x[-1].shape[1]}, {names[0]} has {x[0].shape[1]}")
+            sys.exit(f"{name}: embeddings of width {x[-1].shape[1]}, {names[0]} of {x[0].shape[1]}")
         if m["targets"] is not None:
-            targets = unit(m["targets"], order)
-            if truth is not None and (targets - truth).abs().max() > 1e-3:
-                sys.exit(f"{name}: its targets differ from those of a member before it; "
-                         "they must be of the same pairs and text encoder")
+            targets = unit(m["targets"][order])
             truth = targets if truth is None else truth
+            if (targets - truth).abs().max() > 1e-3:
+                sys.exit(f"{name}: targets differ from those of a member before it")
             groups = m["groups"][order] if groups is None and m["groups"] is not None else groups
         keys.append((m["checkpoint"] or m["run"], tuple(m["views"])))
     return {"ids": ids, "x": x, "keys": keys, "targets": truth, "groups": groups}
 
 
-def unit(x, order):
-    """Rows of an array, in `order` -> unit rows, float32 tensor; in the array's own memory where it can be."""
-    x = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
-    x = x if order == list(range(len(x))) else x[order]
-    return x.div_(x.norm(dim=1, keepdim=True).clamp_min(1e-12))
+def unit(x):
+    x = torch.from_numpy(np.asarray(x, np.float32))
+    return F.normalize(x, dim=1, out=x)  # in the array's own memory
 
 
 def match(keys, fit_keys, names, fit_names):
     """The --fit file of each member: the same run, and the same views if it has several. -> indices into fit_names"""
     found = []
     for key, name in zip(keys, names):
-        same = [i for i, k in enumerate(fit_keys) if k[0] == key[0]]
-        same = [i for i in same if fit_keys[i][1] == key[1]] or same
+        run = [i for i, k in enumerate(fit_keys) if k[0] == key[0]]
+        same = [i for i in run if fit_keys[i] == key] or run
         if len(same) != 1:
-            sys.exit(f"--fit: {len(same)} files with predictions of the run behind {name} "
-                     f"({key[0]}; views: {', '.join(key[1]) or 'unknown'}) among {', '.join(fit_names)}; "
-                     "make exactly one with: python predict.py --run RUN")
+            sys.exit(f"--fit: {len(same)} files are of the run of {name} ({key[0]}), not one: {', '.join(fit_names)}")
         found += same
     return found
 
-
-# -------------------------------------------------------------------------------------------------------- the weights
 
 def gram(x, y):
     """[M of unit rows (N, D)], targets (N, D) -> a (N, M) cosines of the members, g (N, M * M) their inner products."""
@@ -90,30 +73,26 @@ def gram(x, y):
 
 
 def cosines(w, a, g):
-    """Cosine of every row under weights w (M,) -> (N,)"""
+    """Of every row under weights w (M,): w.a / sqrt(w' G w) -> (N,). So learning never touches the embeddings."""
     return (a @ w) / (g @ torch.outer(w, w).flatten()).clamp_min(1e-12).sqrt()
 
 
 def fit(a, g, steps=100):
-    """Weights (M,) >= 0 that sum to 1 and maximise the mean cosine, as squares by L-BFGS: no learning rate to choose."""
+    """Weights (M,) >= 0 that sum to 1 and maximise the mean cosine, as squares by L-BFGS."""
     v = torch.ones(a.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([v], max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
-
     def closure():
         optimizer.zero_grad()
         loss = -cosines(v.square(), a, g).mean()
         loss.backward()
         return loss
-
     optimizer.step(closure)
-    w = v.detach().square()
-    return w / w.sum()
+    return F.normalize(v.detach(), dim=0).square()  # which sum to 1
 
 
-def average(x, w):
-    """[M of unit rows (N, D)], weights (M,) -> unit rows (N, D)"""
+def average(x, w):  # [M of unit rows (N, D)], weights (M,) -> unit rows (N, D)
     blocks = torch.arange(len(x[0])).split(BLOCK)
-    return torch.cat([torch.nn.functional.normalize(sum(a * m[rows] for a, m in zip(w, x)), dim=-1) for rows in blocks])
+    return torch.cat([F.normalize(sum(a * m[rows] for a, m in zip(w, x)), dim=-1) for rows in blocks])
 
 
 def folds_of(groups, seed=0):
@@ -137,40 +116,40 @@ def parse_weights(text, models):
     try:
         w = torch.tensor([float(v) for v in text.split(",")])
     except ValueError:
-        sys.exit(f"--weights {text}: must be learned, uniform, or numbers like 2,1,1")
-    if len(w) != models or not w.isfinite().all() or not w.abs().sum() > 0:
-        sys.exit(f"--weights {text}: {len(w)} numbers for {models} members; they must be as many, finite and not all 0")
+        w = torch.empty(0)
+    if len(w) != models or not w.isfinite().all() or not w.any():
+        sys.exit(f"--weights {text}: must be learned, uniform, or {models} finite numbers, not all 0")
     return w / w.abs().sum()
 
 
 def choose_weights(report, val, text):
-    """What each member, the plain average and learned weights are worth on rows of known truth, and what is lost without
-    each member, printed and put into `report`. -> weights (M,), what they are: learned ones only where, cross-validated,
-    they win by two standard errors over at least MIN_ROWS rows."""
+    """What members, average and learned weights are worth where targets are known, printed and put into `report`.
+    -> weights (M,), what they are: learned only if they win by two standard errors in cross-validation."""
     models, members = len(val["x"]), report["members"]
-    fixed = parse_weights(text, models)
-    weights, used = (torch.full((models,), 1 / models), "uniform") if fixed is None else (fixed, "fixed")
+    weights, used = parse_weights(text, models), "fixed"
+    if weights is None:
+        weights, used = torch.full((models,), 1 / models), "uniform"
     if val["targets"] is None:
         print(f"no targets known: {used} weights (learn them with --fit VAL.npz ...)")
         return weights, used
     a, g = gram(val["x"], val["targets"])
-    plain, n = cosines(weights, a, g), len(a)
+    n, plain = len(a), cosines(weights, a, g)
+    report |= {"n": n, used: mean_and_error(plain)}
     for member, c in zip(members, a.unbind(1)):
         member["cosine"], member["se"] = mean_and_error(c)
-        print(f"{member['name']}  {describe(c.numpy())}")
-    report |= {"n": n, used: mean_and_error(plain)}
-    print(f"{'plain average' if fixed is None else 'fixed weights'}  {describe(plain.numpy())}  (n = {n:,})")
+        print(f"{member['name']}  {describe(c)}")
+    print(f"{'plain average' if used == 'uniform' else 'fixed weights'}  {describe(plain)}  (n = {n:,})")
     fold = folds_of(np.arange(n) if val["groups"] is None else val["groups"])
-    if text == "learned" and models > 1 and len(fold.unique()) > 1:
+    if text == "learned" and models > 1 and fold.any():
         learned = cross_validate(fold, a, g)
         report |= {"learned": mean_and_error(learned), "gain": mean_and_error(learned - plain)}
         gain, error = report["gain"]
         pays = n >= MIN_ROWS and gain > 2 * error
-        print(f"learned weights  {describe(learned.numpy())}  ({len(fold.unique())} folds by group; "
-              f"over plain {gain:+.5f} ± {error:.5f})")
-        print(f"used: {'learned' if pays else used} weights, because the learned ones {'beat' if pays else 'do not beat'} "
-              f"the plain average by two standard errors over at least {MIN_ROWS} rows")
         weights, used = (fit(a, g), "learned") if pays else (weights, used)
+        gains = f"{fold.max() + 1} folds by group; over plain {gain:+.5f} ± {error:.5f}"
+        print(f"learned weights  {describe(learned)}  ({gains})")
+        print(f"used: {used} weights, because the learned ones {'beat' if pays else 'do not beat'} the plain average "
+              f"by two standard errors over at least {MIN_ROWS} rows")
     for m, member in enumerate(members) if models > 1 else ():
         kept = [i for i in range(models) if i != m]
         rest = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
@@ -180,88 +159,61 @@ def choose_weights(report, val, text):
     return weights, used
 
 
-def mean_and_error(c):
-    """-> [mean, its standard error]"""
-    return [float(c.mean()), float(c.std(correction=int(len(c) > 1)) / len(c) ** .5)]
-
-
 def draw(path, report):
     from matplotlib.figure import Figure  # without pyplot, which wants a display
-    members, fig = report["members"], Figure(figsize=(10, 0.4 * len(report["members"]) + 1.8), layout="tight")
-    axes = fig.subplots(1, 2 if "n" in report else 1, squeeze=False)[0]
-    axes[0].barh([m["name"] for m in members], [m["weight"] for m in members], color="#4878a8")
-    axes[0].set_xlabel(f"weight ({report['used']})")
-    if "n" in report:
-        bars = {m["name"]: (m["cosine"], m["se"]) for m in members}
-        bars |= {k: report[k] for k in ("uniform", "fixed", "learned") if k in report}
-        means, errors = zip(*bars.values())
-        axes[1].barh(list(bars), means, xerr=errors, color=["#9ab4cf"] * len(members) + ["#777777", "#c8692c"])
-        axes[1].set(xlim=(max(0, min(means) - 0.05), max(means) + 0.02),
-                    xlabel=f"mean cosine ± standard error (n = {report['n']:,}; learned: cross-validated)")
-    for ax in axes:
-        ax.invert_yaxis()
-        ax.spines[["top", "right"]].set_visible(False)
+    rows = {f"{m['name']} {m['weight']:.3f}": (m.get("cosine", m["weight"]), m.get("se", 0)) for m in report["members"]}
+    rows |= {k: report[k] for k in ("uniform", "fixed", "learned") if k in report}
+    values, errors = zip(*rows.values())
+    ax = Figure(figsize=(9, 0.4 * len(rows) + 1), layout="tight").subplots()
+    ax.errorbar(values, list(rows), xerr=errors, fmt="o")
+    ax.set_xlabel(f"mean cosine ± standard error (n = {report['n']:,}); weight" if "n" in report else "weight")
+    ax.invert_yaxis()
     with atomic(path) as f:
-        fig.savefig(f, format="png", dpi=110)
+        ax.figure.savefig(f, format="png", dpi=110)
 
-
-# ----------------------------------------------------------------------------------------------------------- the soup
 
 def make_soup(runs, out):
-    """Greedy model soup (arXiv 2203.05482): from the best run to the worst, each joins the average of the weights if
-    validation gets better by it. Written as a run, OUT/ft, that predict.py uses like any other."""
+    """Greedy model soup (arXiv 2203.05482): from the best run on, each joins if validation gains. Writes OUT/ft."""
     checkpoints = [find_checkpoint(r) for r in runs]
     models, metas = zip(*map(load_model, checkpoints))
-    for path, other in zip(checkpoints, metas):
-        for key in ("backbone", "head", "dim", "text_model", "data_hashes"):
-            if other[key] != metas[0][key]:
-                sys.exit(f"{path}: another {key} than {checkpoints[0]}; a soup averages runs of one backbone on one data set")
+    for path, meta in zip(checkpoints, metas):
+        if wrong := [k for k in ("backbone", "head", "dim", "text_model", "data_hashes") if meta[k] != metas[0][k]]:
+            sys.exit(f"{path}: another {wrong[0]} than {checkpoints[0]}; a soup needs the same")
     _, paths, targets, unchanged = read_validation(metas[0])
     if not unchanged:
-        sys.exit(f"{metas[0]['data']}: has changed since these runs were trained on it; "
-                 "a soup is chosen on their validation rows")
+        sys.exit(f"{metas[0]['data']}: has changed since the training; a soup needs its validation rows")
     scorer, states = TTAModel(checkpoints[0], "auto", pick_device()), [m.state_dict() for m in models]
-
     def mix(some):
         return {k: torch.stack([states[i][k].float() for i in some]).mean(0).to(v.dtype) for k, v in states[0].items()}
-
-    def validate(state):
-        scorer.model.load_state_dict(state)
+    def validate(some):
+        scorer.model.load_state_dict(mix(some))
         y, _ = predict(scorer, paths, ["image"], SimpleNamespace(batch_size=64, workers=2))
         return float((y * targets).sum(1).mean())
-
-    alone = [validate(s) for s in states]
-    order = np.argsort([-s for s in alone], kind="stable").tolist()
+    alone = [validate([i]) for i in range(len(runs))]
+    order = sorted(range(len(runs)), key=lambda i: -alone[i])
     chosen, best = order[:1], alone[order[0]]
     for i in order[1:]:
-        score = validate(mix([*chosen, i]))
-        print(f"{alone[i]:.4f} alone, {score:.4f} with those above ({'joins' if score > best else 'stays out'})  {runs[i]}")
-        if score > best:
-            chosen, best = [*chosen, i], score
-    print(f"best alone {alone[order[0]]:.4f} {runs[order[0]]} · average of all {len(runs)} {validate(mix(order)):.4f} · "
+        score = validate([*chosen, i])
+        joins = score > best
+        chosen, best = ([*chosen, i], score) if joins else (chosen, best)
+        print(f"{alone[i]:.4f} alone, {score:.4f} with those above ({'joins' if joins else 'stays out'})  {runs[i]}")
+    print(f"best alone {alone[order[0]]:.4f} {runs[order[0]]} · average of all {len(runs)} {validate(order):.4f} · "
           f"greedy soup of {len(chosen)} {best:.4f} (n = {len(paths)})")
     models[0].load_state_dict(mix(chosen))
-    save_model(models[0], {**metas[0], "phase": "ft", "val_cosine": best, "soup": [runs[i] for i in chosen]},
-               out / "ft/best.safetensors")
+    meta = metas[0] | {"phase": "ft", "val_cosine": best, "soup": [runs[i] for i in chosen]}
+    save_model(models[0], meta, out / "ft/best.safetensors")
     with atomic(out / "ft/metrics.jsonl", "w") as f:
         f.write(json.dumps({"step": 0, "val_cosine": best, "done": True}) + "\n")
     print(f"wrote {out}/ft; predict with: python predict.py --run {out}")
 
 
-# --------------------------------------------------------------------------------------------------------------- main
-
 def parse_args(argv=None):
     p = make_parser(__doc__)
-    p.add_argument("preds", nargs="*", metavar="PREDS", help="members: npz of predict.py or Kaggle CSVs; "
-                   "none = every npz in preds/ except an earlier ensemble")
-    p.add_argument("--fit", nargs="+", metavar="VAL", help="predictions of the same runs where targets are known, "
-                   "to learn the weights on; unset = the members themselves")
-    p.add_argument("--weights", default="learned", help="learned, used if they beat the plain average in "
-                   "cross-validation by two standard errors; uniform; or fixed: A,B,...")
-    p.add_argument("--soup", nargs="+", metavar="RUN", help="average the weights of these runs of one backbone instead, "
-                   "greedily by validation, into the run --out")
-    p.add_argument("--out", help="file to write, with .json (weights) and .png beside it; "
-                   "unset = preds/ensemble.npz, or runs/soup")
+    p.add_argument("preds", nargs="*", help="npz files or Kaggle CSVs; none = every npz in preds/ but ensembles")
+    p.add_argument("--fit", nargs="+", help="predictions of the same runs with known targets; unset = the members")
+    p.add_argument("--weights", default="learned", help="learned (used where they pay), uniform, or fixed: A,B,...")
+    p.add_argument("--soup", nargs="+", metavar="RUN", help="average the weights of these runs instead, greedily")
+    p.add_argument("--out", help="file to write, with .json and .png; unset = preds/ensemble.npz, or runs/soup")
     p.add_argument("--submission", help="Kaggle CSV to write")
     p.add_argument("--sample-submission", help="its ids, in its order; unset = sorted ids")
     p.add_argument("--overwrite", action="store_true", help="replace these files")
@@ -271,41 +223,33 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     out = Path(args.out or ("runs/soup" if args.soup else "preds/ensemble.npz"))
-    files = [out / "ft/best.safetensors"] if args.soup else [out, out.with_suffix(".json"), out.with_suffix(".png"),
-                                                             args.submission]
-    refuse_existing(files, args.overwrite)
     if args.soup:
+        refuse_existing([out / "ft/best.safetensors"], args.overwrite)
         return make_soup(args.soup, out)
-
-    # the members, and the predictions to learn from: those of --fit, or the members' own
+    refuse_existing([out, out.with_suffix(".json"), out.with_suffix(".png"), args.submission], args.overwrite)
     names = args.preds or sorted(str(p) for p in Path("preds").glob("*.npz") if read_preds(p)["run"] != "ensemble")
     if not names:
         sys.exit("preds/: no predictions there; make some with: python predict.py")
-    parse_weights(args.weights, len(names))
-    test = val = load_members(names)
-    order = order_for(args.sample_submission, test["ids"]) if args.submission or args.sample_submission else None
+    parse_weights(args.weights, len(names))  # a mistake there ends it before anything slow
+    test = val = load_members(names)  # to apply the weights to, and to learn them on
     if args.fit:
         keys = [(m["checkpoint"] or m["run"], tuple(m["views"])) for m in map(read_preds, args.fit)]
         val = load_members([args.fit[i] for i in match(test["keys"], keys, names, args.fit)])
         if val["targets"] is None:
-            sys.exit(f"--fit {' '.join(args.fit)}: no targets there; "
-                     "predict a validation split: python predict.py --run RUN")
+            sys.exit(f"--fit {' '.join(args.fit)}: no targets there; make them with: python predict.py")
     report = {"members": [{"name": Path(name).stem, "file": name, "run": run, "views": list(views)}
                           for name, (run, views) in zip(names, test["keys"])]}
     weights, report["used"] = choose_weights(report, val, args.weights)
 
-    # apply, and write
     embeddings = average(test["x"], weights).numpy()
-    for member, w in zip(report["members"], weights.tolist()):
-        member["weight"] = w
+    report["members"] = [member | {"weight": w} for member, w in zip(report["members"], weights.tolist())]
     if args.submission:
-        write_submission(args.submission, test["ids"], embeddings, order)
+        write_submission(args.submission, test["ids"], embeddings, order_for(args.sample_submission, test["ids"]))
     with atomic(out.with_suffix(".json"), "w") as f:
         json.dump(report, f, indent=1)
     draw(out.with_suffix(".png"), report)
-    targets = None if test["targets"] is None else test["targets"].numpy()
-    write_preds(out, ids=np.array(test["ids"]), embeddings=embeddings, targets=targets, groups=test["groups"],
-                run="ensemble", views=np.array(names))
+    write_preds(out, ids=test["ids"], embeddings=embeddings, targets=test["targets"], groups=test["groups"],
+                run="ensemble", views=names)
     print(f"wrote {out} ({len(test['ids']):,} images, {report['used']} weights), {out.stem}.json, {out.stem}.png")
 
 

@@ -7,6 +7,7 @@ $ python predict.py image.png                   # prints the nearest known promp
 $ python predict.py images/ more.zip --run runs/demo/ft --tta 4 --html report.html
 $ python predict.py test/ --sample-submission sample_submission.csv --submission submission.csv
 """
+import atexit
 import base64
 import hashlib
 import html
@@ -24,10 +25,10 @@ from PIL import ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from clean import (IMAGE_COLUMNS, IMAGE_SUFFIXES, PROMPT_COLUMNS, TABLE_SUFFIXES, BadImage, atomic, encode_cached,
-                   is_archive, make_parser, open_rgb, read_data, read_source, read_table, reason, sha256, top_k)
-from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, load_model, make_loader, pick_device,
-                   pick_precision, to_square)
+from clean import (IMAGE_SUFFIXES, TABLE_SUFFIXES, BadImage, atomic, encode_cached, is_archive, make_parser, open_rgb,
+                   read_data, read_source, read_table, reason, sha256, top_k)
+from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
+                   make_loader, pick_device, pick_precision, split_batches, to_square)
 
 
 def zoom(image, share=0.8):
@@ -35,39 +36,36 @@ def zoom(image, share=0.8):
     return centre_crop(image, side, side)
 
 
-VIEWS = {  # --tta N averages the first N. name: function from RGB image to RGB image; a view of your own is a line here
+VIEWS = {  # name: function from RGB image to RGB image; add your own here
     "image": lambda image: image,
     "mirror": ImageOps.mirror,
     "zoom": zoom,
     "zoom-mirror": lambda image: ImageOps.mirror(zoom(image)),
 }
-SAME = 0.95  # neighbours this close to a nearer one are the same prompt in other words, and counted once
-FEW = 8  # so many images are looked at one by one: their neighbours are printed
-BLEND_K = 100  # neighbours in the average of --blend-neighbors
-BAD_MAX = 20  # unreadable images named one by one
-REPORT_MAX = 2000  # cards in the report, about 6 KB each
+SAME = 0.95  # neighbours this close to a nearer one are the same prompt
+FEW = 8  # images or fewer: print their neighbours
+BLEND_K = 100  # neighbours of --blend-neighbors
+REPORT_MAX = 2000  # cards, about 6 KB each
 
 
-# -------------------------------------------------------------------------------------------------------- the formats
+# ----------------- the formats
 
 def read_preds(path):
-    """preds/NAME.npz, or a Kaggle CSV of somebody's model -> dict: ids (N,) str, embeddings float32 (N, D), targets or
-    None, groups (N,) or None, run, checkpoint (a hash or ""), views [str]. Exits in one line on what is neither."""
+    """npz or Kaggle CSV -> dict: ids (N,), embeddings (N, D), targets and groups or None, run, checkpoint, views"""
     if str(path).lower().endswith(".csv"):
-        ids, x = read_submission(path)
-        preds = {"ids": np.array(ids), "embeddings": x}
+        preds = dict(zip(("ids", "embeddings"), map(np.array, read_submission(path))))
     else:
         try:
             with np.load(path, allow_pickle=False) as f:
-                preds = {k: f[k] for k in f.files}
-            preds["ids"], preds["embeddings"]  # KeyError where one is lacking
+                preds = {k: f[k] for k in {"ids", "embeddings", *f}}
         except Exception as e:  # a decoder: numpy, zipfile and zlib each raise their own kinds on damaged bytes
             sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
-    ids, x, y = preds["ids"], preds["embeddings"], preds.get("targets", preds["embeddings"])
-    floats = x.dtype.kind == y.dtype.kind == "f" and ids.ndim == 1 and x.ndim == 2 and len(ids) == len(x)
-    if not floats or x.shape != y.shape or len(set(ids.tolist())) < len(ids) or not np.isfinite([x, y]).all():
-        sys.exit(f"{path}: ids {ids.shape}, embeddings {x.shape}, targets {y.shape}: they must agree, ids be unique, "
-                 "the rest finite numbers")
+    ids, x = preds["ids"], preds["embeddings"]
+    y, groups = preds.get("targets", x), preds.get("groups", ids)
+    shapes = x.ndim == 2 and y.shape == x.shape and ids.shape == groups.shape == x.shape[:1]
+    types = ids.dtype.kind == "U" and x.dtype.kind == y.dtype.kind == "f"
+    if not (shapes and types and len(set(ids.tolist())) == len(ids) and np.isfinite(x).all() and np.isfinite(y).all()):
+        sys.exit(f"{path}: needs unique text as ids {ids.shape}, finite embeddings {x.shape} and targets {y.shape}")
     return {"targets": None, "groups": None, **preds, "run": str(preds.get("run", Path(path).stem)),
             "checkpoint": str(preds.get("checkpoint", "")), "views": np.atleast_1d(preds.get("views", [])).tolist()}
 
@@ -77,63 +75,61 @@ def write_preds(path, **arrays):
         np.savez(f, **{k: v for k, v in arrays.items() if v is not None})
 
 
+def row_keys(ids, width):
+    """The keys of a Kaggle CSV: each id (Series) with the suffixes _0 to _{width - 1}"""
+    rows, dims = np.divmod(np.arange(len(ids) * width), width)
+    return pl.select(pl.format("{}_{}", ids.gather(rows), pl.Series(dims))).to_series()
+
+
 def read_submission(path):
-    """A Kaggle CSV `imgId_eId,val`, each image's D rows together and in order -> ids, values float32 (N, D)."""
+    """A Kaggle CSV `imgId_eId,val`, the D rows of each image together and in order -> ids, values float32 (N, D)"""
     try:
         types = {"imgId_eId": pl.String, "val": pl.Float32}
         table = pl.read_csv(path, columns=list(types), schema_overrides=types)
-        key = table["imgId_eId"].str.extract_groups(r"^(?s)(.*)_(\d+)$")
-        name, e = key.struct[0], key.struct[1].cast(pl.Int64).to_numpy()
-        restarts = np.flatnonzero(e[1:] <= e[:-1])  # the second image begins behind the first of these
-        width = int(restarts[0]) + 1 if len(restarts) else len(e)
-        row = np.arange(len(e))
-        first = row // width * width  # the row in which its image begins
-        if not len(e) or len(e) % width or (e != row - first).any() or (name != name.gather(first)).any():
+        keys = table["imgId_eId"]
+        ids = keys.filter(keys.str.ends_with("_0")).str.strip_suffix("_0")
+        if not len(ids) or ids.n_unique() < len(ids) or not keys.equals(row_keys(ids, len(keys) // len(ids))):
             raise ValueError("rows are not imgId_0, imgId_1, ... image by image")
-        ids = name.gather_every(width).to_list()
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"{Counter(ids).most_common(1)[0][0]} is there twice")
-        return ids, table["val"].to_numpy().reshape(-1, width)
+        return ids.to_list(), table["val"].to_numpy(writable=True).reshape(len(ids), -1)
     except (pl.exceptions.PolarsError, OSError, ValueError, TypeError) as e:
         sys.exit(f"{path}: not a Kaggle submission imgId_eId,val ({reason(e)})")
 
 
-def order_for(sample, ids):
-    """Rows of `ids` in the order that a submission wants: the sample's, else sorted. Exits on missing or extra ids."""
-    row = {i: n for n, i in enumerate(ids)}
-    wanted = read_submission(sample)[0] if sample else sorted(ids)
-    missing, extra = [i for i in wanted if i not in row], sorted(set(ids) - set(wanted))
-    if missing or extra:
-        sys.exit(f"--sample-submission {sample}: {len(missing)} of its ids have no image {missing[:3]}, "
-                 f"{len(extra)} images are not in it {extra[:3]}; give exactly its images")
-    return [row[i] for i in wanted]
-
-
 def write_submission(path, ids, embeddings, order):
-    """Kaggle CSV `imgId_eId,val`, image by image in `order`, streamed. Seven decimals cost < 1e-12 of cosine."""
+    """A Kaggle CSV in `order`, streamed. Seven decimals cost < 1e-12 of cosine."""
     ids, width = pl.Series(ids, dtype=pl.String), embeddings.shape[1]
     with atomic(path) as f:
         f.write(b"imgId_eId,val\n")
-        for start in range(0, len(order), 1024):
-            rows = np.array(order[start:start + 1024])
-            table = pl.DataFrame({"i": ids.gather(np.repeat(rows, width)), "e": np.tile(np.arange(width), len(rows)),
-                                  "val": embeddings[rows].ravel()})
-            table = table.select(pl.format("{}_{}", "i", "e"), "val")
+        for rows in split_batches(np.array(order), 1024):
+            table = pl.DataFrame({"key": row_keys(ids.gather(rows), width), "val": embeddings[rows].ravel()})
             f.write(table.write_csv(include_header=False, float_precision=7).encode())
     print(f"wrote {path} ({len(order):,} images)")
 
 
-# ---------------------------------------------------------------------------------------------------------- the input
+def order_for(sample, ids):
+    """Rows of `ids` in the order of the sample submission, else sorted"""
+    return find_rows(read_submission(sample)[0] if sample else sorted(ids), ids, f"--sample-submission {sample}")
+
+
+def find_rows(wanted, ids, what):
+    """The row in `ids` of each wanted id; both must be the same ids"""
+    row = {i: n for n, i in enumerate(ids)}
+    missing, extra = [i for i in wanted if i not in row], sorted(set(ids) - set(wanted))
+    if missing or extra:
+        sys.exit(f"{what}: ids must be the same: {len(missing)} missing {missing[:3]}, {len(extra)} extra {extra[:3]}")
+    return [row[i] for i in wanted]
+
+
+# ----------------- the input
 
 def list_images(items, image_col=None, prompt_col=None):
-    """Files, folders, zips, tars (in place) and tables with an image column -> ids, sorted paths, prompts (None unless
-    all are known). An id is the file name without suffix; where two clash, both are whole paths."""
+    """Files, folders, archives, tables -> ids (file names without suffix; whole paths where these clash), sorted paths,
+    prompts (None unless all are known)"""
     found = {}  # path: prompt
-    for item in items:
-        path = Path(item)
+    for path in map(Path, items):
         if not path.exists():
-            sys.exit(f"{item}: no such file or folder")
-        if path.is_dir():  # names on a disk need not be text, which a table could not hold
+            sys.exit(f"{path}: no such file or folder")
+        if path.is_dir():  # not as a table: names need not be text
             found |= {str(p): None for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()}
         elif is_archive(path) or path.suffix.lower() in TABLE_SUFFIXES:
             table = read_source(path, None, image_col, prompt_col, ("image", "prompt") if prompt_col else ("image",))
@@ -143,20 +139,19 @@ def list_images(items, image_col=None, prompt_col=None):
         else:
             found[str(path)] = None
     if not found:
-        sys.exit(f"{', '.join(items)}: no images there ({' '.join(IMAGE_SUFFIXES)})")
+        sys.exit(f"{', '.join(items)}: no images there")
     paths = sorted(found)
-    texts = [os.fsencode(p).decode("utf-8", "replace") for p in paths]  # names on a disk need not be text
+    texts = [os.fsencode(p).decode("utf-8", "replace") for p in paths]
     stems = [Path(t.split("::")[-1]).stem for t in texts]
     times, prompts = Counter(stems), [found[p] for p in paths]
     ids = [stem if times[stem] == 1 else text for stem, text in zip(stems, texts)]
-    if twice := [i for i, n in Counter(ids).items() if n > 1]:
-        sys.exit(f"{twice[0]}: two images have this id; rename one")
+    if len(set(ids)) < len(ids):
+        sys.exit(f"{Counter(ids).most_common(1)[0][0]}: two images have this id; rename one")
     return ids, paths, prompts if all(prompts) else None
 
 
 def read_validation(meta):
-    """The validation split of a run's data -> pairs, image paths, targets (N, D), and whether the data is still that of
-    the training: if not, the run may have seen these rows."""
+    """The validation split of a run's data -> pairs, paths, targets, whether the data is still that of the training"""
     pairs, targets, summary = read_data(meta["data"])
     pairs = pairs.with_row_index("row").filter(pl.col("split") == "val")
     paths = [str(Path(meta["data"]) / p) for p in pairs["image"]]
@@ -164,8 +159,7 @@ def read_validation(meta):
 
 
 class ViewDataset(ImageDataset):
-    """Image i, decoded once -> its views, uint8 (V, 3, S, S), and what is wrong with it, or "". An unreadable one is a
-    marked black row: never skipped, never replaced by its neighbour."""
+    """Image i, decoded once -> its views, uint8 (V, 3, S, S), and what is wrong with it (black then) or ""."""
 
     def __init__(self, paths, spec, views):
         super().__init__(paths, spec)
@@ -179,11 +173,10 @@ class ViewDataset(ImageDataset):
         return torch.stack([to_square(VIEWS[v](image), self.spec) for v in self.views]), ""
 
 
-# --------------------------------------------------------------------------------------------------------- prediction
+# ----------------- prediction
 
 class TTAModel(nn.Module):
-    """Test-time augmentation: uint8 (B, V, 3, S, S) -> float32 (B, 384), unit rows. Each view's embedding has length 1,
-    so each has the same say in the average."""
+    """uint8 (B, V, 3, S, S) -> unit rows (B, 384): the average of the views' unit embeddings"""
 
     def __init__(self, checkpoint, precision, device):
         super().__init__()
@@ -202,11 +195,10 @@ class TTAModel(nn.Module):
 
 
 def embed(model, images, size):
-    """model(images), at most `size` at a time; running out of memory halves it. -> (B, 384) on the CPU, that size."""
+    """model(images), at most `size` at a time, halved when memory runs out -> (B, 384) on the CPU, size"""
     while True:
         try:
-            parts = [model(x.to(model.device, non_blocking=True)).cpu() for x in images.split(size)]
-            return torch.cat(parts), size
+            return torch.cat([model(x.to(model.device, non_blocking=True)).cpu() for x in images.split(size)]), size
         except RuntimeError as e:  # a submission must not die of this
             if size == 1 or not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
                 raise
@@ -216,11 +208,11 @@ def embed(model, images, size):
 
 
 def predict(model, paths, views, args):
-    """-> embeddings (N, 384), and what is wrong with each image, "" where nothing is. args: batch_size, workers"""
-    size, rows = args.batch_size, range(len(paths))
-    batches = [rows[i:i + size] for i in range(0, len(rows), size)]
+    """-> embeddings (N, 384), and what is wrong with each image or "". args: batch_size, workers"""
+    atexit.register(kill_workers)  # else an error waits for them forever
+    size, found, problems = args.batch_size, [], []
+    batches = split_batches(range(len(paths)), size)
     loader = make_loader(ViewDataset(paths, model.spec, views), batches, args, model.device)
-    found, problems = [], []
     with torch.inference_mode(), tqdm(total=len(paths), desc="predict", unit="image", disable=len(paths) < 64) as bar:
         for images, wrong in loader:
             y, size = embed(model, images, size)
@@ -230,24 +222,22 @@ def predict(model, paths, views, args):
     return torch.cat(found).numpy(), problems
 
 
-# --------------------------------------------------------------------------------------------------- readable prompts
+# ----------------- readable prompts
 
 def load_corpus(source, text_model, device):
-    """A data folder (its training rows; never the validation prompts) or any table of prompts -> prompts, (N, 384)."""
+    """A data folder (its training rows, never the validation prompts) or a table -> prompts, embeddings (N, 384)"""
     if not Path(source).is_dir():
         prompts = read_table(source, need=("prompt",))["prompt"].drop_nulls().unique(maintain_order=True).to_list()
         return prompts, encode_cached(prompts, text_model["name"], device)
     pairs, targets, summary = read_data(source)
     if summary["text_model"] != text_model:
-        sys.exit(f"{source}: its prompts are embedded by {summary['text_model']['name']}, "
-                 f"the run predicts for {text_model['name']}; give another --corpus")
-    rows = np.flatnonzero(pairs["split"].to_numpy() == "train")
-    return pairs["prompt"].gather(rows).to_list(), np.ascontiguousarray(targets[rows])
+        sys.exit(f"{source}: its prompts are embedded by another model; give another --corpus")
+    train = pairs["split"] == "train"
+    return pairs["prompt"].filter(train).to_list(), targets[train.to_numpy()]
 
 
 def nearest_prompts(x, corpus, k):
-    """The k nearest rows of `corpus` (N, D) to each row of x (M, D), near-identical ones counted once.
-    -> cosines (M, k), rows (M, k); -1 = no more among the nearest 2 k + 8."""
+    """Cosines and rows (M, k) of the corpus (N, D) nearest to each of x (M, D), near-identical ones once; -1: none"""
     cosines, rows = np.full((len(x), k), -1, np.float32), np.full((len(x), k), -1)
     for i, (c, near) in enumerate(zip(*top_k(x, corpus, 2 * k + 8))):
         same, keep = corpus[near] @ corpus[near].T >= SAME, []
@@ -259,74 +249,66 @@ def nearest_prompts(x, corpus, k):
 
 
 def blend_neighbors(x, corpus, cosines, rows, weight):
-    """(1 - weight) * x + weight * its neighbours' average, each weighted by 1 / (distance^6 + 1e-4). -> unit rows"""
-    w = np.where(rows >= 0, 1 / ((2 - 2 * cosines).clip(0) ** 3 + 1e-4), 0)  # unit rows: d^2 = 2 - 2 cos
+    """(1 - weight) * x + weight * its neighbours' average by 1 / (distance^6 + 1e-4)"""
+    w = np.where(rows >= 0, 1 / ((2 - 2 * cosines).clip(0) ** 3 + 1e-4), 0)  # d^2 = 2 - 2 cos
     average = np.stack([a @ corpus[r] for a, r in zip(w.astype(np.float32), rows)])
     mixed = (1 - weight) * x + weight * average / np.linalg.norm(average, axis=1, keepdims=True)
     return (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
 
 
 def write_neighbors(path, ids, neighbors):
-    """id, rank, cosine, prompt of every neighbour, as Parquet."""
     rows = [(i, n, c, p) for i, near in zip(ids, neighbors) for n, (c, p) in enumerate(near)]
-    with atomic(path) as f:
-        pl.DataFrame(rows, schema=["id", "rank", "cosine", "prompt"], orient="row").write_parquet(f)
+    pl.DataFrame(rows, schema=["id", "rank", "cosine", "prompt"], orient="row").write_parquet(buffer := io.BytesIO())
+    with atomic(path) as f:  # Python writes: on a full disk polars would not say why
+        f.write(buffer.getbuffer())
     print(f"wrote {path}")
 
 
+def mean_and_error(values):
+    values = np.asarray(values)
+    return [float(values.mean()), float(values.std(ddof=int(len(values) > 1)) / len(values) ** .5)]
+
+
 def describe(cosines):
-    """Mean cosine ± standard error, as text."""
-    return f"{cosines.mean():.4f} ± {cosines.std(ddof=int(len(cosines) > 1)) / len(cosines) ** .5:.4f}"
+    return "{:.4f} ± {:.4f}".format(*mean_and_error(cosines))
 
 
-def printable(text):
-    """Prompts are other people's text: no control characters on the terminal."""
+def printable(text):  # other people's text without control characters
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-# --------------------------------------------------------------------------------------------------------- the report
+# ----------------- the report
 
 STYLE = """
-:root{color-scheme:light dark;--bg:#f6f6f3;--card:#fff;--ink:#1c1d20;--dim:#5c5f66;--line:#dcdcd6;--bar:#7d9cc9}
-@media(prefers-color-scheme:dark){
-  :root{--bg:#15171a;--card:#1f2226;--ink:#e8e8e6;--dim:#a3a7ae;--line:#353a40;--bar:#4f6f9f}}
-*{box-sizing:border-box} body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
-header,main{max-width:1280px;margin:auto;padding:.6rem 1rem} h1{font-size:1.35rem;overflow-wrap:anywhere}
-dl{display:flex;flex-wrap:wrap;gap:.4rem 2rem} dt,label,output,.dim{color:var(--dim);font-size:.8rem} dd{margin:0}
-svg{width:100%;max-width:560px} svg text{fill:var(--dim);font:11px system-ui,sans-serif}
-form{position:sticky;top:0;display:flex;flex-wrap:wrap;gap:.5rem 1rem;align-items:end;padding:.6rem 0;
-  background:var(--bg);border-bottom:1px solid var(--line)} label{display:grid} label.grow{flex:1 1 12rem}
-input,select{font:inherit;padding:.4rem;color:var(--ink);background:var(--card);border:1px solid var(--line);width:100%}
-ul{list-style:none;padding:0;display:grid;gap:.8rem;align-items:start;
-  grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
-.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.7rem;overflow-wrap:anywhere;
-  content-visibility:auto;contain-intrinsic-size:auto 270px}
-.top{display:grid;grid-template-columns:112px 1fr;gap:0 .8rem} .top p,.top h2{margin:0}
-img,.none{width:112px;height:112px;object-fit:cover;border-radius:6px;background:var(--line)}
-h2{font-size:.85rem;display:flex;justify-content:space-between;gap:.6rem} .dim{display:block}
-p,q{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:5;overflow:hidden}
-ol{list-style:none;margin:.5rem 0 0;padding:.4rem 0 0;border-top:1px solid var(--line);font-size:.85rem}
-ol li{display:flex;gap:.6rem;align-items:start} i{flex:none;color:var(--dim)} q{quotes:none;-webkit-line-clamp:1}
-.card:is(:hover,:focus) :is(p,q){-webkit-line-clamp:none}
+:root{color-scheme:light dark;font:15px/1.45 system-ui,sans-serif} *{box-sizing:border-box} h2,p,ol,dd,figure{margin:0}
+body{max-width:1280px;margin:auto;padding:1rem;overflow-wrap:anywhere} span{display:block} i{flex:none}
+dl{display:flex;flex-wrap:wrap;gap:.4rem 2rem} dt,label,output,figcaption,span,i{opacity:.75;font-size:.8rem}
+svg{width:100%;max-width:560px;height:100px;stroke:currentColor;stroke-width:.1} .bars{stroke:#6b8fc4;stroke-width:.9}
+search{position:sticky;top:0;z-index:1;display:flex;flex-wrap:wrap;gap:1rem;padding:.6rem 0;background:Canvas}
+label{flex:1 1 12rem} input,select{font-size:1rem;padding:.4rem;width:100%}
+ul{padding:0;display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
+.card{display:grid;grid-template-columns:112px 1fr;gap:.4rem .8rem;padding:.7rem;border:1px solid #8886;
+  content-visibility:auto;contain-intrinsic-size:auto 270px} ol{grid-column:1/3;padding:0}
+img,.none{width:112px;height:112px;object-fit:cover;background:#8883} h2,ol>li{display:flex;gap:.6rem;font-size:.9rem}
+h2{justify-content:space-between} q{quotes:none;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.card:is(:hover,:focus) q{white-space:normal}
 """
 SCRIPT = """
-const $ = id => document.getElementById(id), grid = $('grid'), cards = [...grid.children];
-const text = new Map(cards.map(c => [c, c.textContent.toLowerCase()]));
-const by = {order: (a, b) => a.dataset.n - b.dataset.n, worst: (a, b) => a.dataset.c - b.dataset.c,
-            best: (a, b) => b.dataset.c - a.dataset.c};
+const $ = id => document.getElementById(id), cards = [...$('grid').children];
+const by = {order: c => c.dataset.n, worst: c => c.dataset.c, best: c => -c.dataset.c};
 const show = () => {
-  const q = $('filter').value.trim().toLowerCase(), shown = cards.filter(c => text.get(c).includes(q));
-  grid.replaceChildren(...shown.sort(by[$('sort').value]));
+  const text = $('filter').value.trim().toLowerCase(), key = by[$('sort').value];
+  const shown = cards.filter(c => c.textContent.toLowerCase().includes(text)).sort((a, b) => key(a) - key(b));
+  $('grid').replaceChildren(...shown);
   $('count').textContent = shown.length + ' of ' + cards.length + ' images';
 };
 $('sort').oninput = $('filter').oninput = show;
-$('form').onsubmit = e => e.preventDefault();
 show();
 """
 
 
 def thumbnail(path):
-    """A data: URI of a JPEG of at most 160 pixels, "" where the image cannot be read."""
+    """A data: URI of a small JPEG, "" if unreadable"""
     try:
         image = open_rgb(path)
     except BadImage:
@@ -337,156 +319,130 @@ def thumbnail(path):
 
 
 def histogram(values, baseline):
-    """An inline SVG of how the cosines are spread, with their mean and the constant baseline."""
-    counts, edges = np.histogram(values, 40)
-    mean, low, high = float(np.mean(values)), min(edges[0], baseline), max(edges[-1], baseline)
-    at = lambda v: 10 + 540 * (v - low) / max(1e-9, high - low)  # noqa: E731
-    width, svg = max(1, at(edges[1]) - at(edges[0]) - 1), ""
-    for left, n in zip(edges, 100 * counts / counts.max()):
-        svg += f'<rect x="{at(left):.1f}" y="{120 - n:.1f}" width="{width:.1f}" height="{n:.1f}" fill="var(--bar)"/>'
-    marks = sorted([(mean, f"mean {mean:.3f}"), (baseline, f"constant baseline {baseline:.3f}")])
-    for (v, label), dx, anchor in zip(marks, (-4, 4), ("end", "start")):
-        svg += (f'<path d="M{at(v):.1f} 6V120" stroke="currentColor" stroke-dasharray="{3 * (v == baseline)}"/>'
-                f'<text x="{at(v) + dx:.1f}" y="14" text-anchor="{anchor}">{label}</text>')
-    label = f"Histogram of the cosines, {low:.2f} to {high:.2f}: {marks[0][1]}, {marks[1][1]}"
-    return (f'<svg viewBox="0 0 560 140" role="img" aria-label="{label}">{svg}<text x="10" y="136">{low:.2f}</text>'
-            f'<text x="550" y="136" text-anchor="end">{high:.2f}</text></svg>')
+    """An SVG, with lines at the mean and (dashed) the constant baseline"""
+    mean, low, high = np.mean(values), min(*values, baseline), max(*values, baseline) + 1e-6
+    counts = np.histogram(np.asarray(values, float), 40, (low, high))[0]
+    bars = "".join(f"M{i + 0.5} 100v-{100 * n / counts.max():.1f}" for i, n in enumerate(counts))
+    at = [f"M{40 * (v - low) / (high - low):.2f} 0V100" for v in (mean, baseline)]
+    label = f"cosines from {low:.2f} to {high:.2f}, with their mean and the constant baseline (dashed)"
+    return (f'<figure><svg viewBox="0 0 40 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
+            f'<path class="bars" d="{bars}"/><path d="{at[0]}"/><path d="{at[1]}" stroke-dasharray="4"/></svg>'
+            f"<figcaption>{label}</figcaption></figure>")
 
 
 def card(n, name, picture, cosine, prompt, near, problem):
-    """An image in the report. picture: a data: URI or ""; cosine to the true prompt, prompt, near [(cosine, prompt)]:
-    None where not known; problem: what is wrong with the image, or "". All text is somebody's: escaped here."""
-    e, key = html.escape, cosine if cosine is not None else near[0][0] if near else 0  # key: what the page sorts by
-    text = f'<li class="card" tabindex="0" data-n="{n}" data-c="{key:.6f}"><div class="top">'
-    text += (f'<img src="{picture}" alt="" loading="lazy" decoding="async" width="112" height="112">' if picture else
-             '<div class="none">no image</div>')
-    text += f"<div><h2>{e(name)}{'' if cosine is None else f'<b>{cosine:.3f}</b>'}</h2>"
+    """A list item, all text escaped. near: [(cosine, prompt)]; what is not known is None, an unreadable picture ""."""
+    e = html.escape
+    key = cosine if cosine is not None else near[0][0] if near else 0  # what the page sorts by
+    image = f'<img src="{picture}" alt="" loading="lazy">' if picture else '<div class="none">no image</div>'
+    text = f"<h2>{e(name)}{'' if cosine is None else f'<b>{cosine:.3f}</b>'}</h2>"
     text += "<p><strong>unreadable: got the mean training embedding</strong></p>" if problem else ""
-    text += "" if prompt is None else f'<p><span class="dim">true prompt</span>{e(prompt)}</p>'
+    text += "" if prompt is None else f"<p><span>true prompt</span>{e(prompt)}</p>"
     items = "".join(f"<li><i>{c:.2f}</i><q>{e(p)}</q></li>" for c, p in near or ())
-    text += "</div></div>" + (f'<ol aria-label="nearest known prompts">{items}</ol>' if near is not None else "")
-    return f"{text}</li>\n"
+    items = items and f'<ol aria-label="nearest known prompts">{items}</ol>'
+    return f'<li class="card" tabindex="0" data-n="{n}" data-c="{key:.6f}">{image}<div>{text}</div>{items}</li>\n'
 
 
 def write_report(path, title, facts, names, pictures, cosines=None, baseline=None, prompts=None, neighbors=None,
                  problems=None, total=None):
-    """One self-contained page that opens from disk; its policy lets no script run but ours. facts {name: value}; of each
-    card: name, picture (data: URI), and where known cosine, prompt, neighbors [(cosine, prompt)], problem."""
-    e, n, none = html.escape, len(names), [None] * len(names)
-    cards = "".join(card(i, *rest) for i, rest in enumerate(zip(
-        names, pictures, none if cosines is None else cosines, prompts or none, neighbors or none, problems or none)))
+    """One self-contained page; its policy lets only our script run. names to problems: columns, as in card"""
+    e, n = html.escape, len(names)
+    known = [[None] * n if column is None else column for column in (cosines, prompts, neighbors, problems)]
+    cards = "".join(map(card, range(n), names, pictures, *known))
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    note = "" if not neighbors else ("Below each image: the nearest known prompts to what was predicted, with their "
-                                     "cosines. They are neighbours, not the recovered prompt. ")
+    note = "Below an image: known prompts near the prediction, not the recovered prompt. " if neighbors else ""
     note += f"{n:,} of {total:,} images are shown, evenly spread." if total and n < total else ""
-    sort = "by cosine of the nearest prompt" if cosines is None else "by cosine to the true prompt"
     facts = "".join(f"<div><dt>{e(k)}</dt><dd>{e(str(v))}</dd></div>" for k, v in facts.items())
-    chart = histogram(cosines, baseline) if cosines is not None and n else ""
     with atomic(path, "w", encoding="utf-8", errors="replace") as f:
         f.write(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(title)}</title>
 <style>{STYLE}</style></head><body>
-<header><h1>{e(title)}</h1><dl>{facts}</dl>
-{chart}<p class="note">{note}</p></header>
-<main><form id="form" role="search"><label for="sort">Sort {sort}<select id="sort">
-<option value="order">as predicted</option><option value="worst">worst first</option>
+<header><h1>{e(title)}</h1><dl>{facts}</dl>{"" if cosines is None else histogram(cosines, baseline)}
+<p>{note}</p></header><main><search>
+<label>Sort by cosine to the {"nearest" if cosines is None else "true"} prompt
+<select id="sort"><option value="order">as predicted</option><option value="worst">worst first</option>
 <option value="best">best first</option></select></label>
-<label class="grow" for="filter">Show only images with this text<input id="filter" type="search" autocomplete="off">
-</label><output id="count" for="sort filter" role="status"></output></form>
-<ul id="grid" aria-label="images">
+<label>Show images with this text <input id="filter" type="search"></label>
+<output id="count" role="status"></output></search>
+<ul id="grid">
 {cards}</ul></main><script>{SCRIPT}</script></body></html>
 """)
 
 
-# --------------------------------------------------------------------------------------------------------------- main
-
 def newest_run(root="runs"):
-    """The phase folder under runs/ that finished last, by the closing line of its metrics.jsonl."""
-    finished = []
-    for log in Path(root).glob("*/*/metrics.jsonl"):
-        lines = log.read_text().splitlines()
-        if lines and '"done": true' in lines[-1] and (log.parent / "best.safetensors").is_file():
-            finished.append((log.stat().st_mtime, log.parent))
-    if not finished:
-        sys.exit(f"{root}/: no finished run there; train one with: python train.py --phase lp, or name one with --run")
-    return max(finished)[1]
+    """The phase folder under runs/ that finished last."""
+    logs = [log for log in Path(root).glob("*/*/metrics.jsonl")
+            if '"done": true' in log.read_text() and (log.parent / "best.safetensors").is_file()]
+    if not logs:
+        sys.exit(f"{root}/: no finished run there; train one with: python train.py --phase lp (or give --run)")
+    return max(logs, key=lambda log: log.stat().st_mtime).parent
 
 
 def refuse_existing(paths, overwrite):
     for path in filter(None, paths):
         if Path(path).exists() and not overwrite:
-            sys.exit(f"{path}: already there; choose another name, or replace it with --overwrite")
+            sys.exit(f"{path}: already there; choose another name, or --overwrite it")
 
 
 def parse_args(argv=None):
     p = make_parser(__doc__)
-    p.add_argument("images", nargs="*", metavar="IMAGES",
-                   help="images, folders, zips, tars, tables with an image column; none = the run's validation split")
-    p.add_argument("--run", help="run folder, phase folder or checkpoint; unset = the newest finished run under runs/")
+    p.add_argument("images", nargs="*", help="files, folders, zips, tars, tables; none = the run's validation split")
+    p.add_argument("--run", help="run, phase or checkpoint; unset = the newest finished run")
     p.add_argument("--tta", type=int, default=1, help=f"views to average, the first N of: {', '.join(VIEWS)}")
-    p.add_argument("--image-col", help=f"of tables; unset = the first of {', '.join(IMAGE_COLUMNS)}")
-    p.add_argument("--prompt-col", help=f"of tables, true prompts; unset = the first of {', '.join(PROMPT_COLUMNS)}")
+    p.add_argument("--image-col", help="of tables; unset = image, path or the like")
+    p.add_argument("--prompt-col", help="of tables, true prompts; unset = prompt, text or caption")
     g = p.add_argument_group("output")
-    g.add_argument("--out", help="predictions file; unset = preds/RUN-PHASE-ttaN.npz, ...-images-ttaN.npz for IMAGES, "
-                   "nothing for a few single images")
+    g.add_argument("--out", help="npz; unset = preds/RUN-PHASE[-images]-ttaN.npz, none for few images")
     g.add_argument("--submission", help="Kaggle CSV to write")
     g.add_argument("--sample-submission", help="its ids, in its order; unset = sorted ids")
     g.add_argument("--html", help="report page to write")
     g.add_argument("--overwrite", action="store_true", help="replace these files")
-    g = p.add_argument_group("readable prompts")
-    g.add_argument("--neighbors", type=int, metavar="K",
-                   help="nearest known prompts per image; unset = 5 for a few single images and for --html")
-    g.add_argument("--corpus", help="where from: a data folder or a table of prompts (embedded once, cached); "
-                   "unset = the run's training data")
-    g.add_argument("--blend-neighbors", type=float, default=0, metavar="W",
-                   help="share of the neighbours' average in the embedding, 0 to 1")
+    g = p.add_argument_group("prompts")
+    g.add_argument("--neighbors", type=int, help="per image; unset = 5 for few images or --html")
+    g.add_argument("--corpus", help="data folder or table of prompts; unset = the training data")
+    g.add_argument("--blend-neighbors", type=float, default=0, help="share of their average in the embedding, 0 to 1")
     g = p.add_argument_group("speed")
-    g.add_argument("--batch-size", type=int, default=64, help="images at a time; halved when memory runs out")
-    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
-    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where the hardware has it")
+    g.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="that decode images")
+    g.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: by the hardware")
     return p.parse_args(argv)
 
 
 def check_args(args):
-    """Everything cheap, before anything slow."""
-    for key, low, high in (("tta", 1, len(VIEWS)), ("blend_neighbors", 0, 1), ("batch_size", 1, 1e9), ("workers", 0, 1e9),
-                           ("neighbors", 0, 1e9)):
-        if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
+    for key, low, high in (("tta", 1, len(VIEWS)), ("batch_size", 1, 1e9), ("workers", 0, 1e9), ("neighbors", 0, 1e9),
+                           ("blend_neighbors", 0, 1)):
+        if not low <= (getattr(args, key) or 0) <= high:
             sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low}, {high:g}]")
     if args.corpus and not Path(args.corpus).exists():
         sys.exit(f"--corpus {args.corpus}: no such file or folder")
 
 
 def read_input(args, meta, device):
-    """What to predict -> ids (N,), paths, and names that people know; where known prompts, targets (N, 384), groups (N,)."""
+    """-> ids, paths, names in the report, and where known prompts, targets, groups"""
     if args.images:
         ids, paths, prompts = list_images(args.images, args.image_col, args.prompt_col)
         targets = encode_cached(prompts, meta["text_model"]["name"], device) if prompts else None
         return ids, paths, ids, prompts, targets, None
     pairs, paths, targets, unchanged = read_validation(meta)
     if not unchanged:
-        print(f"warning: {meta['data']} has changed since this run was trained on it; "
-              "its validation rows may have been trained on", file=sys.stderr)
+        print(f"warning: {meta['data']} has changed; its validation rows may have been trained on", file=sys.stderr)
     ids = [f"{row:07d}" for row in pairs["row"]]
     names = [Path(origin).name if origin else i for origin, i in zip(pairs["origin"], ids)]
     return ids, paths, names, pairs["prompt"].to_list(), targets, pairs["group"].to_numpy()
 
 
-def report_run(args, meta, paths, names, embeddings, targets, fallback, prompts, neighbors, problems):
-    """The report page of a run, of at most REPORT_MAX images, evenly spread."""
-    n, cosines = len(paths), None if targets is None else (embeddings * targets).sum(1)
-    facts = {"images": f"{n:,}", "unreadable": sum(map(bool, problems)), "run": args.run, "views": args.tta}
-    if targets is not None:
-        facts = {"mean cosine": describe(cosines), "constant baseline": f"{(targets @ fallback).mean():.4f}", **facts}
-    shown = np.unique(np.linspace(0, n - 1, min(REPORT_MAX, n)).astype(int)).tolist()
-    pictures = [thumbnail(paths[i]) for i in tqdm(shown, "report", unit="image", disable=len(shown) < 64)]
-    columns = [values and [values[i] for i in shown]
-               for values in (names, cosines if cosines is None else cosines.tolist(), prompts, neighbors, problems)]
-    write_report(args.html, f"Predicted prompts: {args.run}", facts, columns[0], pictures, columns[1],
-                 None if targets is None else float((targets @ fallback).mean()), *columns[2:], n)
-    print(f"wrote {args.html} ({len(shown):,} images)")
+def report_run(args, paths, names, cosines, baseline, prompts, neighbors, problems):
+    n, size = len(paths), min(REPORT_MAX, len(paths))
+    facts = {} if cosines is None else {"mean cosine": describe(cosines), "constant baseline": f"{baseline:.4f}"}
+    facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems)), "views": args.tta}
+    shown = [i * n // size for i in range(size)]
+    columns = (names, None if cosines is None else cosines.tolist(), prompts, neighbors, problems)
+    names, cosines, *rest = [column and [column[i] for i in shown] for column in columns]
+    pictures = [thumbnail(paths[i]) for i in tqdm(shown, "report", unit="image", disable=size < 64)]
+    write_report(args.html, f"Predicted prompts: {args.run}", facts, names, pictures, cosines, baseline, *rest, n)
+    print(f"wrote {args.html}")
 
 
 def main():
@@ -495,73 +451,66 @@ def main():
     checkpoint, views = find_checkpoint(args.run or newest_run()), list(VIEWS)[:args.tta]
     args.run = str(checkpoint.parent)
     print(f"run {args.run}")
-
-    # what to write
-    looking = 0 < len(args.images) <= FEW and all(
-        Path(p).is_file() and Path(p).suffix.lower() in IMAGE_SUFFIXES for p in args.images)  # a few single images
-    out = Path(args.out) if args.out else None
-    if not out and not looking:
-        run, phase = checkpoint.parts[-3:-1] if len(checkpoint.parts) > 2 else ("run", checkpoint.parent.name)
-        out = Path(f"preds/{run}-{phase}{'-images' if args.images else ''}-tta{args.tta}.npz")
-    device = pick_device()
-    model = TTAModel(checkpoint, args.precision, device)
-    meta, k = model.meta, args.neighbors or 0
-    if args.neighbors is None and (looking or args.html):
-        k = 5 if args.corpus or (Path(meta["data"]) / "summary.json").is_file() else 0
-        if not k:
-            print(f"{meta['data']}, the training data, is not here: no neighbours are shown (name prompts with --corpus)")
-    table = out.with_suffix(".neighbors.parquet") if out and k else None
-    refuse_existing([out, table, args.submission, args.html], args.overwrite)
-
-    # what to predict; the known prompts
-    ids, paths, names, prompts, targets, groups = read_input(args, meta, device)
-    order = order_for(args.sample_submission, ids) if args.submission or args.sample_submission else None
-    if k or args.blend_neighbors:
-        known, corpus = load_corpus(args.corpus or meta["data"], meta["text_model"], device)
-
-    # predict; an unreadable image gets the best guess about an image unseen
+    model = TTAModel(checkpoint, args.precision, pick_device())
+    meta = model.meta
+    # what to write: of a few single images nothing
+    few = 0 < len(args.images) <= FEW and all(p.lower().endswith(IMAGE_SUFFIXES) for p in args.images)
+    if not args.out and not few:
+        run = "-".join(checkpoint.absolute().parts[-3:-1])
+        args.out = f"preds/{run}{'-images' if args.images else ''}-tta{args.tta}.npz"
+    if args.neighbors is None and (few or args.html):
+        args.neighbors = 5 if args.corpus or (Path(meta["data"]) / "summary.json").is_file() else 0
+        if not args.neighbors:
+            print(f"{meta['data']}, the training data, is not here: no neighbours without --corpus")
+    table = Path(args.out).with_suffix(".neighbors.parquet") if args.out and args.neighbors else None
+    refuse_existing([args.out, table, args.submission, args.html], args.overwrite)
+    # what to predict, and the known prompts
+    ids, paths, names, prompts, targets, groups = read_input(args, meta, model.device)
+    order = order_for(args.sample_submission, ids)
+    k = max(args.neighbors or 0, BLEND_K if args.blend_neighbors else 0)
+    if k:
+        known, corpus = load_corpus(args.corpus or meta["data"], meta["text_model"], model.device)
+    # predict; an unreadable image gets the constant baseline
     embeddings, problems = predict(model, paths, views, args)
-    fallback, good = F.normalize(torch.tensor(meta["mean_target"]), dim=0).numpy(), np.array([not p for p in problems])
-    embeddings[~good] = fallback
+    good = np.array([not p for p in problems])
     if not good.any():
         sys.exit(f"none of the {len(paths):,} images could be read; {problems[0]}")
-
-    # the nearest known prompts, which may also have a say in the embedding
-    neighbors = None
-    if k or args.blend_neighbors:
-        cosines, rows = nearest_prompts(embeddings, corpus, max(k, BLEND_K if args.blend_neighbors else 0))
-        neighbors = [[(float(c), known[r]) for c, r in zip(cs[:k], rs[:k]) if r >= 0]
-                     for cs, rs in zip(cosines, rows)] if k else None
+    embeddings[~good] = mean = F.normalize(torch.tensor(meta["mean_target"]), dim=0).numpy()
+    # the nearest known prompts
+    neighbors = scores = baseline = None
+    if k:
+        cosines, rows = nearest_prompts(embeddings, corpus, k)
+    if args.neighbors:
+        found = [[(float(c), known[r]) for c, r in zip(*near) if r >= 0] for near in zip(cosines, rows)]
+        neighbors = [near[:args.neighbors] for near in found]
     if args.blend_neighbors:
         if targets is not None:
             print(f"cosine {describe((embeddings * targets).sum(1))} before blending")
         embeddings[good] = blend_neighbors(embeddings[good], corpus, cosines[good, :BLEND_K], rows[good, :BLEND_K],
                                            args.blend_neighbors)
         views.append(f"neighbors-{args.blend_neighbors:g}")
-    if neighbors and len(ids) <= FEW:
-        print("nearest known prompts (neighbours of what was predicted, not the recovered prompt):")
-        for path, near in zip(paths, neighbors):
-            print(printable(path), *(f"  {c:.3f}  {printable(p)}" for c, p in near), sep="\n")
-
-    # files
-    if out:
-        write_preds(out, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups, run=args.run,
+    if targets is not None:
+        scores, baseline = (embeddings * targets).sum(1), float((targets @ mean).mean())
+    # files, and what to print
+    if args.out:
+        write_preds(args.out, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups, run=args.run,
                     checkpoint=sha256(checkpoint)[:16], views=np.array(views))
-        print(f"wrote {out} ({len(ids):,} images, views: {', '.join(views)})")
+        print(f"wrote {args.out} ({len(ids):,} images, views: {', '.join(views)})")
     if args.submission:
         write_submission(args.submission, ids, embeddings, order)
     if table:
         write_neighbors(table, ids, neighbors)
     if args.html:
-        report_run(args, meta, paths, names, embeddings, targets, fallback, prompts, neighbors, problems)
-    bad = [p for p in problems if p]
-    for problem in bad[:BAD_MAX]:
-        print(f"{problem}; it got the mean training embedding", file=sys.stderr)
-    if len(bad) > BAD_MAX:
-        print(f"and {len(bad) - BAD_MAX:,} more unreadable images, {len(bad):,} of {len(ids):,} in all", file=sys.stderr)
+        report_run(args, paths, names, scores, baseline, prompts, neighbors, problems)
+    if neighbors and len(ids) <= FEW:
+        print("nearest known prompts (neighbours, not the recovered prompt):")
+        for path, near in zip(paths, neighbors):
+            print(printable(path), *(f"  {c:.3f}  {printable(p)}" for c, p in near), sep="\n")
+    for problem in filter(None, problems):
+        print(f"{printable(problem)}; it got the mean training embedding", file=sys.stderr)
     if targets is not None:
-        print(f"{'' if args.images else 'val '}cosine {describe((embeddings * targets).sum(1))} (n = {len(ids)}); "
-              f"constant baseline {(targets @ fallback).mean():.4f}")
+        print(f"{'' if args.images else 'val '}cosine {describe(scores)} (n = {len(ids)}); "
+              f"constant baseline {baseline:.4f}")
 
 
 if __name__ == "__main__":

@@ -535,7 +535,7 @@ def linear_probe(model, run):
     if args.head == "linear":  # start from the closed form
         train, val = data.train, data.held["val"]
         weight, bias, lam, score = ridge(x[:, train].flatten(0, 1), y[train].repeat(len(x), 1), x[0, val], y[val])
-        scale = model.head.weight.std() / weight.std()  # the cosine ignores it, but Adam's step size does not
+        scale = model.head.weight.std().item() / weight.std()  # the cosine ignores it, but Adam's step size does not
         model.head.load_state_dict({"weight": weight * scale, "bias": bias * scale})
         print(f"ridge head: lambda {lam:.3g} of 25 by val cosine, {score:.4f}")
     groups = param_groups(model.to(device), args.lr, args.wd, unfreeze_from=max(depths(model).values()))  # the head's
