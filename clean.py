@@ -52,6 +52,8 @@ ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz"
 ARCHIVE_ERRORS = OSError, ValueError, EOFError, RuntimeError, BadZipFile, tarfile.TarError, zlib.error, LZMAError
 IMAGE_COLUMNS = "image", "image_name", "filepath", "file_name", "filename", "path"
 PROMPT_COLUMNS = "prompt", "text", "caption"
+OURS = re.compile(r"(pairs|dropped)\.parquet|targets\.npy|summary\.json|funnel\.png|images/log\.jsonl|"
+                  r"images/../[0-9a-f]{24}\.jpg|.*\.tmp")  # the files of a data folder
 ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
        "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32}  # what every source is turned into
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder, and the hub's sha256 of its weights
@@ -811,12 +813,11 @@ def check_args(args):
 
 
 def is_ours(folder):
-    """Whether a folder is empty, or clean.py made it and nobody added to it: no other is ever replaced."""
-    if not folder.is_dir() or all(p.is_dir() for p in folder.rglob("*")):
-        return folder.is_dir()
-    summary, files = folder / "summary.json", "pairs.parquet targets.npy dropped.parquet summary.json funnel.png images"
-    marked = (folder / "images/log.jsonl").is_file() or summary.is_file() and b'"funnel"' in summary.read_bytes()
-    return marked and {p.name for p in folder.iterdir() if p.suffix != ".tmp"} <= set(files.split())
+    """Whether a folder holds no file, or clean.py made it and nobody added to it: no other is ever replaced."""
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
+    marked = "images/log.jsonl" in files or "summary.json" in files and b'"funnel"' in (
+        folder / "summary.json").read_bytes()
+    return folder.is_dir() and (not files or marked and all(map(OURS.fullmatch, files)))
 
 
 def prepare_out(args, out, work):

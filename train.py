@@ -504,8 +504,7 @@ def extract_features(model, run):
             sys.exit(f"{data.paths[shards[file][int(bad[0])]]}: its features are not finite; try --precision fp32")
         with atomic(file) as f:
             np.save(f, shard.numpy().astype(np.float32 if dtype == torch.float32 else np.float16))
-    if run.world > 1:
-        dist.barrier()
+    reduce_all(0)  # every process has written its shards
     return torch.from_numpy(np.concatenate([np.load(file, allow_pickle=False) for file in shards], 1))
 
 
@@ -591,29 +590,31 @@ def freeze_and_checkpoint(model, args):
 
 
 def validate(models, run, step, total, best):
-    """On rank 0: score every model on every held-out split and save the best by val cosine. -> best val cosine so far,
-    val cosine of the raw weights"""
+    """Score every model on every held-out split, each process its share, and save the best by val cosine. -> best val
+    cosine so far, val cosine of the raw weights"""
     data, row = run.data, {}
     for kind, model in models.items():
         model.eval()
         for split, rows in data.held.items():
-            batches, total_cosine = split_batches(rows, run.args.batch_size), 0
+            batches, cosines = split_batches(rows, run.args.batch_size)[run.rank::run.world], 0
             for r, x in zip(batches, make_loader(run.images, batches, run.args, run.device)):
                 with torch.inference_mode(), autocast(run.device, run.args.precision):
                     predicted = model(x.to(run.device, non_blocking=True))
                 targets = torch.from_numpy(data.targets[r]).to(run.device)
-                total_cosine += (predicted * targets).sum(-1).double().sum()
-            row[f"{split}_{COLUMN[kind]}"] = float(total_cosine) / len(rows)
+                cosines += (predicted * targets).sum(-1).double().sum()
+            row[f"{split}_{COLUMN[kind]}"] = reduce_all(float(cosines)) / len(rows)
     models["raw"].train()
     if not all(map(math.isfinite, row.values())):
         sys.exit(f"step {step}: validation is not finite, {row}; try --precision fp32")
-    log(run, step, **row)
     kind = max(models, key=lambda k: row[f"val_{COLUMN[k]}"])  # ood is only looked at
-    if (score := row[f"val_{COLUMN[kind]}"]) > best:
-        best, about = score, {**row, "weights": kind, "step": step, "val_cosine": score}
-        save_model(models[kind], {**run.meta, **about}, run.phase / "best.safetensors")
-    report(run, f"step {step:,} ({step / total:.0%})", row, best)
-    return best, row["val_cosine"]
+    score = row[f"val_{COLUMN[kind]}"]
+    if run.rank == 0:
+        log(run, step, **row)
+        if score > best:
+            about = {**row, "weights": kind, "step": step, "val_cosine": score}
+            save_model(models[kind], {**run.meta, **about}, run.phase / "best.safetensors")
+        report(run, f"step {step:,} ({step / total:.0%})", row, max(best, score))
+    return max(best, score), row[f"val_{COLUMN['raw']}"]
 
 
 def settle(recent, step, scaler, world):
@@ -658,8 +659,9 @@ def finetune(model, run, last=None):
     if args.dry_run:
         for g in groups:
             print(f"depth {g['depth']} · lr {g['peak']:.2e} · {sum(p.numel() for p in g['params']):,} parameters")
-    elif rank == 0:
-        start_log(run, step)
+    else:
+        if rank == 0:
+            start_log(run, step)
         if step == 0:  # ft starts at the lp score
             best, score = validate(models, run, step, total, best)
     model.train()
@@ -718,7 +720,7 @@ def finetune(model, run, last=None):
         if args.dry_run:
             continue
         paused = time.perf_counter()
-        if epoch_end and rank == 0:
+        if epoch_end:
             best, score = validate(models, run, step, total, best)
         if saving:
             if rank == 0:
@@ -868,7 +870,7 @@ def main():
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while rank 0 validates
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # of the slowest process's features
     torch.manual_seed(args.seed)
     batch = args.batch_size * args.accum_freq * (1 if lp else world)  # lp trains on one process
     data = load_data(args.data, batch)

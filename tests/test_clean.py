@@ -492,6 +492,7 @@ def test_kill_between_the_two_renames(cleaned, tmp_path):
     ("mine/images/a", "pairs.csv", "not made by clean.py"), ("mine", "pairs.csv", "not made by clean.py"),
     ("mine/a", "data/mine", "overlaps with the input"), ("mine/deep/a", "data", "overlaps with the input"),
     ("mine.old/a", "data/mine.old", "overlaps with the input"), ("out/a", "pairs.csv", "with other files in it"),
+    ("out/images/ab/photo.jpg", "pairs.csv", "with other files in it"),
     ("mine.partial/a", "pairs.csv", "not made by clean.py"), ("mine.old/a", "pairs.csv", "not made by clean.py"),
     ("mine-raw/a", "", "not drawn by the demo")])
 def test_overwrite_never_deletes_what_is_not_ours(cleaned, tmp_path, mine, inputs, match):

@@ -1,12 +1,10 @@
 """
-What clean.py costs, measured side by side in one run.
-$ python tests/bench/bench_clean.py dedup --rows 25000 50000    # keep_one against the public recipe and brute force
-$ python tests/bench/bench_clean.py metadata                    # up to the encoder, of a made-up 2M-row metadata
-dedup takes the real prompts of ../shared/data where they are (encoded once), else synthetic clusters.
+clean.py's keep_one against the public recipe and brute force, side by side in one run.
+$ python tests/bench/bench_clean.py --rows 25000 50000
+Takes the real prompts of ../shared/data where they are (encoded once), else synthetic clusters.
 """
 import argparse
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -63,11 +61,18 @@ def brute(x, threshold):
     return np.array(kept)
 
 
-def dedup(args):
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", type=int, nargs="+", default=[25_000, 50_000, 100_000], help="how many")
+    p.add_argument("--threshold", type=float, default=0.85)
+    p.add_argument("--synthetic", action="store_true", help="clusters even where the real prompts are there")
+    p.add_argument("--public", type=int, default=25_000, help="most rows for the public recipe, which is slow")
+    p.add_argument("--brute", type=int, default=50_000, help="most rows for brute force, which is slower")
+    args = p.parse_args()
     if PROMPTS.is_file() and not args.synthetic:
         prompts = clean.repair(pl.read_parquet(PROMPTS)["prompt"]).unique(maintain_order=True)
         prompts = prompts.filter(prompts.str.len_chars() > 0).sample(fraction=1, shuffle=True, seed=0)
-        x, what = clean.encode_cached(prompts.head(max(args.rows)).to_list(), cache=args.work / "cache"), "real prompts"
+        x, what = clean.encode_cached(prompts.head(max(args.rows)).to_list(), cache="data/.cache"), "real prompts"
     else:
         x, what = clusters(max(args.rows)), "synthetic clusters"
     print(f"{what}, threshold {args.threshold}\n{'rows':>8}  {'method':<8}{'seconds':>9}{'ratio':>8}{'kept':>9}")
@@ -83,45 +88,6 @@ def dedup(args):
         if brute in kept:
             print(f"{n:>8}  rows kept by ours or brute force alone: {len(np.setxor1d(kept[ours], kept[brute]))}")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-
-
-def metadata(args):
-    """A DiffusionDB metadata.parquet, 1.5M distinct prompts in 2M rows, up to the encoder."""
-    args.work.mkdir(parents=True, exist_ok=True)
-    n, rng = args.metadata_rows, np.random.default_rng(0)
-    pick = rng.integers(0, n * 3 // 4, n)
-    pl.DataFrame({
-        "image_name": pl.Series(np.arange(n)).cast(pl.String) + ".png",
-        "prompt": [f"a painting of thing {i} by artist {i % 977}, trending on artstation, in a forest" for i in pick],
-        "part_id": pl.Series(np.arange(n) // 1000 + 1, dtype=pl.UInt16),
-        "width": pl.Series(rng.choice([512, 704, 1024], n), dtype=pl.UInt16),
-        "height": pl.Series(np.full(n, 512), dtype=pl.UInt16),
-        "image_nsfw": pl.Series(rng.choice([.1, 2.0], n, p=[.95, .05]), dtype=pl.Float32),
-        "prompt_nsfw": pl.Series(rng.random(n), dtype=pl.Float32),
-    }).write_parquet(args.work / "metadata.parquet")
-    code = """import sys, time, resource; sys.path.insert(0, sys.argv[1]); import clean
-def stop(*_, **__):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{time.perf_counter() - start:.1f} s, peak {peak:.2f} GiB"); sys.exit()
-clean.encode_cached = stop; start = time.perf_counter()
-sys.argv = ["clean.py", sys.argv[2], "--text-only", "--out", sys.argv[3]]; clean.main()"""
-    paths = map(str, (ROOT, args.work / "metadata.parquet", args.work / "out"))
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
-    print(f"{n:,} metadata rows to the list of distinct prompts:", (done.stdout or done.stderr).splitlines()[-1])
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["dedup", "metadata"])
-    p.add_argument("--rows", type=int, nargs="+", default=[25_000, 50_000, 100_000], help="sizes for dedup")
-    p.add_argument("--threshold", type=float, default=0.85)
-    p.add_argument("--synthetic", action="store_true", help="clusters even where the real prompts are there")
-    p.add_argument("--public", type=int, default=25_000, help="most rows for the public recipe, which is slow")
-    p.add_argument("--brute", type=int, default=50_000, help="most rows for brute force, which is slower")
-    p.add_argument("--metadata-rows", type=int, default=2_000_000)
-    p.add_argument("--work", type=Path, default=Path("data/bench"), help="folder for what is made on the way")
-    args = p.parse_args()
-    {"dedup": dedup, "metadata": metadata}[args.what](args)
 
 
 if __name__ == "__main__":

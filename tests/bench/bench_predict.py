@@ -65,7 +65,7 @@ def main():
     p.add_argument("--model", default="ViT-B-32", help="open_clip name or timm:NAME")
     p.add_argument("--image-size", type=int, help="unset = the model's own")
     p.add_argument("--images", type=int, default=192, help="files to draw")
-    p.add_argument("--batch-size", type=int, default=32, help="images")
+    p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--rounds", type=int, default=3, help="of each, interleaved")
     p.add_argument("--workers", type=int, default=min(16, os.cpu_count()), help="loader processes")
     args = p.parse_args()
@@ -112,10 +112,9 @@ def main():
                 "plain, 1 view": lambda: plain(1), "ours, 2 views": lambda: ours(2), "plain, 2 views": lambda: plain(2)}
         bare()  # warm up
         rates = {name: [] for name in jobs}
-        for _ in range(args.rounds):
-            for name, job in jobs.items():
-                start = time.perf_counter()
-                rates[name].append(job() / (time.perf_counter() - start))
+        for name in [*jobs] * args.rounds:
+            start = time.perf_counter()
+            rates[name].append(jobs[name]() / (time.perf_counter() - start))
     rates = {k: statistics.median(v) for k, v in rates.items()}
     for name, rate in rates.items():
         print(f"{name:<16}{rate:8.1f} images/s")

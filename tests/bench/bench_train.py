@@ -61,7 +61,6 @@ def main():
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--workers", type=int, default=2)
     p.add_argument("--tf32", action="store_true")
-    p.add_argument("--flags", default="", help="more flags for ours, such as --compile")
     args = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # without train.pick_device's help
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
@@ -95,15 +94,15 @@ def main():
             def ours(*more):
                 torch.cuda.empty_cache()  # what the plain loop held: ours is another process
                 command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", f"{tmp}/run", "--overwrite", *more,
-                           "--batch-size", str(args.batch_size), *args.flags.split()]
+                           "--batch-size", str(args.batch_size)]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 return [json.loads(x) for x in open(f"{tmp}/run/{more[1]}/metrics.jsonl")]
 
             def seconds_frozen(paths):
                 data = SimpleNamespace(paths=paths, summary={"hashes": len(paths)})
+                precision = train.pick_precision("auto", device, backbone)
                 settings = SimpleNamespace(out=tempfile.mkdtemp(dir=tmp), hflip=0, compile=False, workers=args.workers,
-                                           precision=train.pick_precision("auto", device, backbone),
-                                           batch_size=args.batch_size)
+                                           precision=precision, batch_size=args.batch_size)
                 run = SimpleNamespace(rank=0, world=1, device=device, data=data, args=settings,
                                       images=train.ImageDataset(paths, spec))
                 start = time.perf_counter()

@@ -36,16 +36,16 @@ def run(name, seed, args, model):
         shutil.rmtree(out, ignore_errors=True)
         init = ["--init", start if start == "none" else str(run(start, seed, args, model))] if start else []
         command = ["train.py", *flags.split(), "--data", args.data, "--out", str(out), "--seed", str(seed), *init]
-        subprocess.run([sys.executable, *command, *(model if start in (None, "none") else [])], cwd=ROOT, check=True,
-                       stdout=subprocess.DEVNULL)
+        command = [sys.executable, *command, *(model if start in (None, "none") else [])]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return out / phase
 
 
 def best(folder, kind):
     """The validation that scored best on val -> (val, ood) there."""
-    end = "_ema" if kind == "ema" else ""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return max((r["val_cosine" + end], r.get("ood_cosine" + end, float("nan"))) for r in rows if "val_cosine" + end in r)
+    val, ood = (f"{split}_cosine{'_ema' * (kind == 'ema')}" for split in ("val", "ood"))
+    rows = map(json.loads, open(folder / "metrics.jsonl"))
+    return max((r[val], r.get(ood, float("nan"))) for r in rows if val in r)
 
 
 def main():
