@@ -20,7 +20,7 @@ from PIL import Image
 
 import clean
 import predict
-from conftest import ROOT, SHARED, needs_shared
+from conftest import ROOT
 from train import to_square
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -174,7 +174,7 @@ def test_a_bad_image_never_shifts_a_row(go, model, images):
     done = go("in")
     for i, name in enumerate(good.ids):
         broken = f"in/{name}.png" in bad
-        assert done.ids[i] == name and broken == (f"in/{name}.png: unreadable" in done.err)
+        assert done.ids[i] == name and broken == (f"in/{name}.png: image unreadable" in done.err)
         assert far(done.embeddings[i], mean if broken else good.embeddings[i]) < 1e-6
     put({"gone.csv": "image\ngone1.png\ngone2.png"})
     go("gone.csv", fails="none of the 2")

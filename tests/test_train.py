@@ -520,7 +520,7 @@ def test_unreadable_image_stops(ft, data, copy, tmp_path):
     (image := data / known.paths[known.train[0]]).write_bytes(b"no image")
     args = [*ft, "--data", data, "--overwrite", "--out", tmp_path / "a"]
     said = command("train.py", *args, "--workers", 1, ok=False, timeout=100).stderr
-    assert said == run(*args, code=1) + "\n" and said.startswith(f"{image}: unreadable")
+    assert said == run(*args, code=1) + "\n" and said.startswith(f"{image}: image unreadable")
 
 
 def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch):
