@@ -518,7 +518,8 @@ def ridge(x, y, x_val, y_val, block=65536):
     values, vectors = torch.linalg.eigh(xx)
     xy, v, scores = vectors.T @ xy, (x_val.double() - mean_x) @ vectors, {}  # in the eigenbasis
     for lam in (values.mean() * torch.logspace(-5, 3, 25, dtype=torch.float64)).tolist():
-        scores[lam] = 1 - loss_fn(F.normalize(v @ (xy / (values + lam)[:, None]) + mean_y, dim=-1), y_val).item()
+        predicted = F.normalize(v @ (xy / (values + lam)[:, None]) + mean_y, dim=-1)
+        scores[lam] = (predicted * y_val).sum(-1).mean().item()
     lam = max(scores, key=scores.get)
     weight = (vectors @ (xy / (values + lam)[:, None])).T
     return weight.float(), (mean_y - weight @ mean_x).float(), lam, scores[lam]
@@ -561,7 +562,7 @@ def linear_probe(model, run):
         with torch.inference_mode():
             for split, rows in data.held.items():  # ood is only looked at, never selected on
                 predicted = [model.embed(x[0, r].float().to(device)).cpu() for r in split_batches(rows, 8192)]
-                row[f"{split}_cosine"] = 1 - loss_fn(torch.cat(predicted), y[rows]).item()
+                row[f"{split}_cosine"] = (torch.cat(predicted) * y[rows]).sum(-1).mean().item()
         if not all(map(math.isfinite, row.values())):
             sys.exit(f"epoch {epoch}: not finite, {row}; try a lower --lr")
         log(run, step, **row)
