@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
@@ -32,6 +33,10 @@ def command(script, *args, ok=True, cwd=None, env=None, timeout=600):
         assert "Traceback" not in done.stderr, done.stderr
         assert done.stderr.strip(), "no message"
     return done
+
+
+def unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def png(colour="red", size=(32, 24), **kwargs):

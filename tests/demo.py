@@ -198,11 +198,11 @@ def draw_demo(folder, rows=5600, corrupted=800, seed=0):
         sys.exit(f"the demo has no {need:,} images with different prompts; ask for fewer")
     images = ((prompt, draw_image(*what, rng.randrange(64, 97), rng, font)) for prompt, *what in invented)
 
-    def add(prompt, rule="", image=None, suffix=".png", **kwargs):
+    def add(prompt, rule="", image=None, suffix=".png", kind="PNG", quality=75):
         path = folder / f"images/{len(table):05d}{suffix}"
         table.append((f"images/{path.name}", prompt, rule))
         if image is not None:
-            image.save(path, **kwargs)
+            image.save(path, kind, quality=quality)
         return path
 
     # clean rows; one image in ten lies about its extension or is not plain RGB, and must survive
@@ -215,7 +215,7 @@ def draw_demo(folder, rows=5600, corrupted=800, seed=0):
         elif i % 40 == 20:
             add(prompt, "(grey)", image.convert("L"))
         elif i % 40 == 30:
-            add(prompt, "(wrong extension)", image, ".jpg", format="PNG")
+            add(prompt, "(wrong extension)", image, ".jpg")
         else:
             add(prompt, "", image)
 
@@ -237,29 +237,19 @@ def draw_demo(folder, rows=5600, corrupted=800, seed=0):
     for i in range(corrupted * 3 // 8):
         prompt, image = next(images)
         n, kind = divmod(i, 12)
-        if kind == 0:
-            add(" ".join(prompt.split()[:3]), "too short", image)
-        elif kind == 1:
-            add(", ".join([prompt] * 8), "too long", image)
-        elif kind == 2:
-            add(f"{prompt}, seed {'0123456789' * 8}", "too many tokens", image)
-        elif kind == 3:
-            add(blank[n % 5], "blank", image)
-        elif kind == 4:
-            add(foreign[n % 4], "characters", image)
-        elif kind == 5:
-            path = add(prompt, "image unreadable", image)
+        path = add(*[
+            (" ".join(prompt.split()[:3]), "too short", image), (", ".join([prompt] * 8), "too long", image),
+            (f"{prompt}, seed {'0123456789' * 8}", "too many tokens", image), (blank[n % 5], "blank", image),
+            (foreign[n % 4], "characters", image), (prompt, "image unreadable", image), (prompt, "image unreadable"),
+            (prompt, "image missing"), (prompt, "image too large"),
+            (prompt, "image blank", Image.new("RGB", image.size, COLOURS[n % 12])),
+            *[(prompt, "(wrong extension)", image, ".webp", "JPEG", 95)] * 2][kind])
+        if kind == 5:
             path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])  # truncated
         elif kind == 6:
-            add(prompt, "image unreadable").write_text("<html>404 not found</html>")
-        elif kind == 7:
-            add(prompt, "image missing")
+            path.write_text("<html>404 not found</html>")
         elif kind == 8:
-            add(prompt, "image too large").write_bytes(bomb)
-        elif kind == 9:
-            add(prompt, "image blank", Image.new("RGB", image.size, COLOURS[n % 12]))
-        else:
-            add(prompt, "(wrong extension)", image, ".webp", format="JPEG", quality=95)
+            path.write_bytes(bomb)
     with atomic(folder / "prompts.csv") as f:
         f.write(pl.DataFrame(table, schema=["image", "prompt", "rule"], orient="row").write_csv().encode())
     return folder / "prompts.csv"

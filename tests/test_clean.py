@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import clean
 import demo
-from conftest import ROOT, SHARED, needs_shared, png
+from conftest import ROOT, SHARED, needs_shared, png, unit
 
 
 def put(place, files, method=zipfile.ZIP_DEFLATED):  # {name: bytes} into a zip, a tar or a folder, by its suffix
@@ -64,10 +64,6 @@ def pixel(image):
 def hashes(folder):  # of every file but caches, and summary.json, which holds --out
     files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     return {f: clean.sha256(folder / f) for f in files if not re.search(r"\.cache/|log\.jsonl|summary\.json", f)}
-
-
-def unit(x):
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def bag_of_words(prompts, *_):  # in place of the encoder: prompts that share words have a high cosine

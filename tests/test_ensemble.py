@@ -11,8 +11,8 @@ import torch
 
 import ensemble
 import predict
-from conftest import ROOT
-from test_predict import far, unit
+from conftest import ROOT, unit
+from test_predict import far
 from train import Model, load_model, save_model
 
 N, D = 600, 48

@@ -8,11 +8,10 @@ import subprocess
 import sys
 
 import numpy as np
-import polars as pl
 import pytest
 
 import predict
-from conftest import ROOT, SHARED, command, needs_shared
+from conftest import ROOT, command
 
 SCRIPTS = "clean", "train", "predict", "ensemble"
 
@@ -74,15 +73,6 @@ def test_help_shows_every_default(script, capsys, monkeypatch):
     assert known.keys() - shown.keys() <= {"input", "images", "preds"}, "arguments without a flag"
     for key in known.keys() & shown.keys() - {"phase"}:  # which is required
         assert shown[key] == ([] if known[key] in (None, []) else [str(known[key])]), key
-
-
-@needs_shared
-def test_the_encoder_is_the_competitions():
-    """Seven public prompts: our targets are the true embeddings of Kaggle's sample_submission.csv."""
-    from clean import encode, load_encoder
-    prompts = pl.read_csv(SHARED / "kaggle7/prompts.csv")
-    true = pl.read_csv(SHARED / "kaggle7/sample_submission.csv")["val"].to_numpy().reshape(7, 384)
-    assert np.abs(encode(prompts["prompt"].to_list(), load_encoder(device="cpu")[0]) - true).max() < 1e-6
 
 
 def readme_commands():

@@ -20,15 +20,11 @@ from PIL import Image
 
 import clean
 import predict
-from conftest import ROOT
+from conftest import ROOT, unit
 from train import to_square
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium here (apt-get install chromium)")
-
-
-def unit(x):
-    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def far(a, b):

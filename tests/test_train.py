@@ -164,6 +164,7 @@ def test_golden(data, lp, ft, tmp_path, monkeypatch):
         assert found == pytest.approx(golden, abs=2e-4), str([round(x, 5) for x in found])
     assert meta["val_cosine"] == max(metrics(phase, "val_cosine")) and meta["n_val"] == 8
     assert meta["ood_cosine"] == min(metrics(phase, "ood_cosine")) and "ood: n = 8, constant baseline -" in said
+    assert all(word in said for word in ("step 3 (", "loss", "val", "lr", "grad norm", "memory", "ETA"))
     assert meta["args"] == state["args"] == wandb.init.call_args.kwargs["config"] and meta["args"]["mixgen"] == 0.25
     assert (phase / "curve.png").stat().st_size > 1000 and wandb.log.call_count == len(metrics(phase))
     assert compiler.call_count == 1 and state["raw"].keys() == weights(phase).keys() == weights(lp / "lp").keys()
@@ -468,17 +469,6 @@ def test_nothing_waits_between_log_lines(ft, tmp_path, monkeypatch):
     with Asked():
         run(*ft, *EVERYTHING, "--epochs", 2, "--mixgen", 0, "--log-every", 1000, "--out", tmp_path)
     assert at_step[:4] == at_step[:1] * 4 < at_step[4:] == at_step[4:5] * 4, "the epoch's end alone asks"
-
-
-def test_speed_is_that_of_training(ft, tmp_path, monkeypatch):
-    """By a clock that ticks a second a look and a million while a checkpoint is written: no line counts those."""
-    clock, save = itertools.count(), torch.save
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(torch, "save", lambda *args: save(*args) or all(next(clock) for _ in range(10 ** 6)))
-    said = run(*ft, "--log-every", 3, "--save-every", 0, "--out", tmp_path)
-    lines = [line for line in said.splitlines() if "images per s" in line]
-    assert len(lines) > 2 and all(float(line.split("images per s ")[1].split()[0]) >= 1 for line in lines), lines
-    assert all(word in lines[0] for word in ("step 3 (33%)", "loss", "val", "lr", "grad norm", "memory", "ETA")), lines
 
 
 def test_damaged_and_hostile_checkpoints(lp, tmp_path):
