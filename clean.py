@@ -542,7 +542,7 @@ def split_groups(x, val_fraction, seed, threshold, ood):
         if sizes[i] <= room and free[i]:
             val.append(leaders[i])
             room -= sizes[i]
-    if not val and free.sum() > 1:
+    if not val and val_fraction and free.sum() > 1:
         val = [leaders[free][sizes[free].argmin()]]  # all are larger than the fraction: a small one beats none
     split = np.where(ood, "ood", np.where(np.isin(group, val), "val", "train")).astype(object)
     train, held = np.flatnonzero(split == "train"), x[split != "train"]
@@ -661,9 +661,14 @@ def sidecar(path, content):
 def read_place(place, source):
     """A folder, zip or tar, read in place -> DataFrame of ROW with every image; its prompt from a table metadata*, a
     part's JSON or a sidecar (.txt, .json), or the PNG itself. Archives in a folder are read too, unless damaged."""
-    place, prompts, frames, rows = Path(place), {}, [], []
+    place, names, prompts, frames, rows = Path(place), [], {}, [], []
     if place.is_dir():
-        names = sorted((Path(d) / f).relative_to(place).as_posix() for d, _, files in os.walk(place) for f in files)
+        for folder, inside, files in os.walk(place):
+            names += [(Path(folder) / f).relative_to(place).as_posix() for f in files]
+            for ours in [d for d in inside if Path(folder, d, "images/log.jsonl").is_file()]:
+                print(f"{folder}/{ours}: left out, because clean.py made it", file=sys.stderr)
+                inside.remove(ours)
+        names.sort()
         prefix, read = f"{place.absolute()}/", lambda n: (place / n).read_bytes()
     else:
         prefix, (read, names) = f"{place.absolute()}::", open_archive(str(place), os.getpid())
@@ -794,8 +799,8 @@ def check_args(args):
     for low, high in (("min_words", "max_words"), ("min_side", "max_side")):
         if getattr(args, low) > getattr(args, high):
             sys.exit(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}".replace("_", "-"))
-    if not 0 < args.val_fraction < 1:
-        sys.exit(f"--val-fraction {args.val_fraction}: must be above 0 and below 1; train.py needs validation rows")
+    if not 0 <= args.val_fraction < 1:
+        sys.exit(f"--val-fraction {args.val_fraction}: must be in [0, 1); train.py needs validation rows")
     positive = "min_words threshold split_threshold size workers per_prompt max_tokens gen_steps gen_batch_size"
     for key in positive.split():
         if not getattr(args, key) > 0:
@@ -808,7 +813,7 @@ def check_args(args):
         if not path.exists():
             sys.exit(f"{path}: no such file or folder; INPUT and --exclude are paths")
         for out in (Path(f"{Path(args.out)}{end}").resolve() for end in ("", ".partial", ".old")):
-            if out in (path.resolve(), *path.resolve().parents) or path.resolve() in out.parents:
+            if out in (path.resolve(), *path.resolve().parents):
                 sys.exit(f"--out {args.out}: {out.name} overlaps with the input {path}; choose an --out beside it")
 
 
@@ -991,7 +996,7 @@ def main():
     group, split = split_groups(x[prompts], args.val_fraction, args.seed, args.split_threshold, ood)
     group, split, targets = group[which], split[which], x[pairs["at"]]
     sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard", "ood")}
-    if not sizes["val"] and not args.text_only:
+    if not sizes["val"] and args.val_fraction and not args.text_only:
         sys.exit(f"no validation rows: the {len(pairs):,} rows are one group at cosine {args.split_threshold}; "
                  "raise --split-threshold, or add other prompts")
     leak = top_k(targets[split == "train"], targets[np.isin(split, ["val", "ood"])], 1)[0].max(initial=-1)

@@ -218,7 +218,7 @@ def test_tables_and_sidecars_in_folders_and_archives(cleaned, tmp_path, how, whe
     put(tmp_path / where, files)
     if where == "in/a.tar":
         put(tmp_path / "in", {"b.tar": b"not a tar" * 1000})
-    for source in [where.removesuffix("/a.tar")] + [f"in/sub/{how}"] * (where == "in" and "metadata" in how):
+    for source in [where.removesuffix("/a.tar"), *[f"in/sub/{how}"] * (where == "in" and "metadata" in how), "."]:
         pairs, _, _ = cleaned(tmp_path / source, "--overwrite")
         assert pairs["prompt"].to_list() == [p + end for p, end in zip(prompts(4), odd.values())]
         assert [pixel(tmp_path / "data/out" / i)[0] > 200 for i in pairs["image"]] == [True, False, True, False]
@@ -400,6 +400,7 @@ def test_selection_through_the_command(cleaned, table, tmp_path, capsys):
     near = table([{"image": "0.png", "prompt": b + " words"}], "near.csv")
     pairs, dropped, _ = cleaned(path)
     assert pairs["prompt"].to_list() == [a, b, c, d] and dropped["cosine"][0] > .85
+    assert cleaned(path, "--val-fraction", 0, out="all")[2]["split"] == {"train": 4, "val": 0, "guard": 0, "ood": 0}
     assert [row[2:5] for row in dropped.rows()] == [("near-duplicate", 0, a)] + [("exact duplicate", 2, c)] * 2
     assert cleaned(path, "--per-prompt", 2, out="two")[0]["prompt"].to_list() == [a, b, c, c, d]
     pairs, dropped, _ = cleaned(path, "--exclude", near, out="exclude")
@@ -486,7 +487,7 @@ def test_kill_between_the_two_renames(cleaned, tmp_path):
 
 @pytest.mark.parametrize("mine, inputs, match", [
     ("mine/images/a", "pairs.csv", "not made by clean.py"), ("mine", "pairs.csv", "not made by clean.py"),
-    ("mine/a", "data/mine", "overlaps with the input"), ("mine/deep/a", "data", "overlaps with the input"),
+    ("mine/a", "data/mine", "overlaps with the input"), ("mine/deep/a", "data", "not made by clean.py"),
     ("mine.old/a", "data/mine.old", "overlaps with the input"), ("out/a", "pairs.csv", "with other files in it"),
     ("out/images/ab/photo.jpg", "pairs.csv", "with other files in it"),
     ("mine.partial/a", "pairs.csv", "not made by clean.py"), ("mine.old/a", "pairs.csv", "not made by clean.py"),
@@ -574,7 +575,7 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
             ([tmp_path / "lie.zip"], "not a readable archive"), ([tmp_path / "bytes.parquet"], "image holds Binary"),
             (["none.csv"], "no such file"), ([table([{"text": "b"}], "b.csv")], "no column for the image.*--text-only"),
             ([hollow], "no image and no table"), ([good, "--prompt-col", "words"], "no column words among: image"),
-            ([good, "--threshold", 0], "--threshold 0.0"), ([good, "--val-fraction", 0], "--val-fraction 0.0"),
+            ([good, "--threshold", 0], "--threshold 0.0"), ([good, "--val-fraction", 1], "--val-fraction 1.0"),
             ([good, "--min-words", 9, "--max-words", 3], "--min-words 9 is above --max-words 3"),
             ([good, "--text-model", hollow], "no model.safetensors"), ([good, "--min-words", 60], "no row .*short: 3"),
             ([good, "--generate", "x", "--text-only"], "leave one"), ([good, "--holdout-source", "c"], "are: pairs$"),
