@@ -216,10 +216,10 @@ def test_tables_and_sidecars_in_folders_and_archives(cleaned, tmp_path, how, whe
         files |= {f"sub/{i}.{how}": (t if how == "txt" else json.dumps({"caption": t, "other": [1]})).encode()
                   for i, t in enumerate(texts)}
     put(tmp_path / where, files)
-    if where == "in/a.tar":
-        put(tmp_path / "in", {"b.tar": b"not a tar" * 1000})
+    put(tmp_path / "in", {"b.tar": b"not a tar" * 1000} if where == "in/a.tar" else {})
     for source in [where.removesuffix("/a.tar"), *[f"in/sub/{how}"] * (where == "in" and "metadata" in how), "."]:
-        pairs, _, _ = cleaned(tmp_path / source, "--overwrite")
+        pairs, dropped, _ = cleaned(tmp_path / source, "--overwrite")
+        assert not dropped["image"].str.contains("/data/out/").any(), "what clean.py made is no input"
         assert pairs["prompt"].to_list() == [p + end for p, end in zip(prompts(4), odd.values())]
         assert [pixel(tmp_path / "data/out" / i)[0] > 200 for i in pairs["image"]] == [True, False, True, False]
 
