@@ -13,11 +13,19 @@ No two kept prompts have cosine >= --threshold, and every dropped one has a kept
 training row has cosine >= --split-threshold to any validation row. All three are exact.
 """
 import argparse
+import base64
+import bz2
+import codecs
+import csv
 import fcntl
+import gzip
 import hashlib
+import html
 import importlib.util
 import io
+import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import re
@@ -25,20 +33,21 @@ import shutil
 import signal
 import sys
 import tarfile
+import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from errno import EACCES, EDQUOT, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from functools import lru_cache
-from lzma import LZMAError
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import polars as pl
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 FORMAT = 2
@@ -46,16 +55,22 @@ MAX_PIXELS = 64_000_000  # 192 MB once decoded
 MAX_MEMBER = 1 << 28     # bytes of one archive member once unpacked ...
 MAX_RATIO = 200          # ... and how many times its packed size: more (deflate reaches 1,032) is a bomb
 CHUNK = 2048             # prompts encoded between two writes to the cache: what a kill -9 can cost
-IMAGE_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"
-TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson"
-ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz"
-ARCHIVE_ERRORS = OSError, ValueError, EOFError, RuntimeError, BadZipFile, tarfile.TarError, zlib.error, LZMAError
-IMAGE_COLUMNS = "image", "image_name", "filepath", "file_name", "filename", "path"
-PROMPT_COLUMNS = "prompt", "text", "caption"
+MAX_HEADER = 1 << 20     # bytes of one tar header, long names and all
+MAX_PROMPT = 10_000      # characters; no image was made from more, and a tokenizer takes minutes over a megabyte
+BLOCK = 64               # rows of a Parquet image column in memory
+TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json"
+ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
+ARCHIVE_ERRORS = (OSError, ValueError, EOFError, RuntimeError, BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError,
+                  OverflowError)
+TABLE_ERRORS = *ARCHIVE_ERRORS, csv.Error, pl.exceptions.PolarsError, pl.exceptions.PanicException
+IMAGE_COLUMNS = ("image", "images", "image_path", "image_name", "img", "jpg", "png", "filepath", "file_name", "filename",
+                 "path")
+PROMPT_COLUMNS = "prompt", "text", "caption", "captions", "txt"
+NOT_IMAGES = "EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FITS"  # formats of Pillow that run programs, or need them
 OURS = re.compile(r"(pairs|dropped)\.parquet|targets\.npy|summary\.json|funnel\.png|images/log\.jsonl|"
                   r"images/../[0-9a-f]{24}\.jpg|.*\.tmp")  # the files of a data folder
 ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
-       "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32}  # what every source is turned into
+       "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32, "name": pl.String}  # what every source is turned into
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder, and the hub's sha256 of its weights
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -133,60 +148,203 @@ class BadImage(Exception):
     rule = "image unreadable"  # of the funnel
 
 
+@lru_cache
+def image_formats():
+    """{suffix: format} of the images that are read: all that Pillow knows, HEIC and JPEG XL by their plug-ins."""
+    for plugin in ("pillow_heif", "pillow_jxl"):
+        with suppress(ImportError):
+            module = importlib.import_module(plugin)
+            getattr(module, "register_heif_opener", int)()
+    return {suffix: f for suffix, f in Image.registered_extensions().items() if f in Image.OPEN and f not in NOT_IMAGES}
+
+
+def is_image(path):
+    return os.path.splitext(path)[1].lower() in image_formats()
+
+
 def is_archive(path):
     return str(path).lower().endswith(ARCHIVE_SUFFIXES)
 
 
+def is_table(path):
+    return str(path).lower().endswith(TABLE_SUFFIXES)
+
+
+class BoundedReads:
+    """A file for tarfile, which reads a header as long as the header claims to be: `room` bytes, then ValueError."""
+    def __init__(self, file):
+        self.file, self.room, self.seek, self.tell = file, MAX_HEADER, file.seek, file.tell
+
+    def read(self, size):
+        self.room -= size
+        if self.room < 0:
+            raise ValueError(f"a header of more than {MAX_HEADER:,} bytes")
+        return self.file.read(size)
+
+
+def open_tar(path):
+    """-> (TarFile, its regular members). Headers and what they claim are bounded before they are believed."""
+    with open(path, "rb") as f:
+        start = f.read(6)
+    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+    opener = next((o for magic, o in openers.items() if start.startswith(magic)), open)
+    file, room, members = BoundedReads(opener(path, "rb")), MAX_RATIO * os.path.getsize(path), []
+    archive = tarfile.open(fileobj=file, mode="r:")
+    for m in archive:
+        if m.isreg() and m.offset_data + m.size > room:  # even skipping a member unpacks it
+            raise ValueError(f"unpacks to more than {MAX_RATIO} times its size")
+        if len(members) == 1_000_000:
+            raise ValueError("more than a million members")
+        members += [m] if m.isreg() else []
+        file.room = MAX_HEADER
+    file.room = float("inf")
+    return archive, members
+
+
 @lru_cache(maxsize=16)
 def open_archive(path, pid):
-    """-> (read(name) -> bytes, names) of its safe members, in order. Raises ARCHIVE_ERRORS.
+    """-> (read(name) -> bytes, names of its safe members, in order, Counter of the others). Raises ARCHIVE_ERRORS.
     pid: os.getpid(), because after a fork two processes would share one file position."""
+    left, members = Counter(), {}
     if path.lower().endswith(".zip"):
         archive = ZipFile(path)
         read = archive.read  # never more than the header claims
-        found = [(m.filename, m.file_size, m) for m in archive.infolist()
-                 if not m.is_dir() and m.file_size <= MAX_RATIO * max(m.compress_size, 1)]
+        found = [(m.filename, m.file_size, m) for m in archive.infolist() if not m.is_dir()]
     else:
-        archive, room, found = tarfile.open(path), MAX_RATIO * os.path.getsize(path), []
+        archive, found = open_tar(path)
+        found = [(m.name, m.size, m) for m in found]
         read = lambda m: archive.extractfile(m).read()  # noqa: E731
-        for m in archive:
-            if m.isreg() and m.offset_data + m.size > room:  # even skipping a member unpacks it
-                raise ValueError(f"unpacks to more than {MAX_RATIO} times its size")
-            found += [(m.name, m.size, m)] if m.isreg() else []
     unsafe = re.compile(r"^[/~]|^\w:|\\|\0|(^|/)\.\.(/|$)")  # absolute, Windows, or leading out
-    members = {name.removeprefix("./"): m for name, size, m in found if size <= MAX_MEMBER and not unsafe.search(name)}
-    return lambda name: read(members[name]), list(members)
+    for name, size, m in found:
+        if unsafe.search(name):
+            left["unsafe name"] += 1
+        elif getattr(m, "flag_bits", 0) & 1:
+            left["encrypted member"] += 1
+        elif size > min(MAX_MEMBER, MAX_RATIO * max(getattr(m, "compress_size", size), 1)):
+            left["member that unpacks to too much"] += 1
+        else:
+            members[name.removeprefix("./")] = m
+    return lambda name: read(members[name]), list(members), left
+
+
+@lru_cache(maxsize=2)
+def read_block(table, column, number):
+    """BLOCK rows of the image column of a Parquet file -> Series. Raises TABLE_ERRORS."""
+    scan = pl.scan_parquet(open_bytes(table))
+    kinds = {c: cell_kind(t) for c, t in scan.collect_schema().items()}
+    column = column or pick_column(kinds, IMAGE_COLUMNS, "image")
+    return scan.select(column).slice(number * BLOCK, BLOCK).collect()[column]
+
+
+@lru_cache(maxsize=4)
+def line_starts(path, mtime):
+    """The offset of each line of a JSONL file."""
+    with open(path, "rb") as f:
+        return list(itertools.accumulate(map(len, f), initial=0))
+
+
+def open_cell(table, cell):
+    """A cell of a table, "17" or "17::column" -> the bytes of its image, or the path that stands there instead."""
+    row, _, column = cell.partition("::")
+    if table.lower().endswith(".parquet"):
+        rows = read_block(table, column, int(row) // BLOCK)
+        value = rows[int(row) % BLOCK] if int(row) % BLOCK < len(rows) else None
+    else:
+        with open(table, "rb") as f:
+            f.seek(line_starts(table, os.stat(table).st_mtime_ns)[int(row)])
+            record = json.loads(decode_text(f.readline()))
+        value = record[column or pick_column({k: "text" for k in record}, IMAGE_COLUMNS, "image")]
+    value = first(value)
+    value, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(value, str):
+        value = base64.b64decode(value.partition(";base64,")[2] or value)
+    if value is None and path:
+        return Path(table).absolute().parent / path
+    if value is None or len(value) > MAX_MEMBER:
+        raise FileNotFoundError(2, "no image in this cell" if value is None else "a cell this large", f"{table}::{cell}")
+    return io.BytesIO(value)
+
+
+def first(value):
+    """The first of a list, or of lists of lists; of anything else itself."""
+    while isinstance(value, (list, tuple, pl.Series)):
+        value = value[0] if len(value) else None
+    return value
 
 
 def open_bytes(file):
-    """A path, a locator (archive.zip::member.png) or a file object -> a path or file object. Raises ARCHIVE_ERRORS, and
-    FileNotFoundError for a member that is missing or unsafe."""
-    archive, mark, name = str(file).partition("::")
-    if hasattr(file, "read") or not mark or not is_archive(archive):
+    """A path, a locator (archive.zip::member.png, table.parquet::17) or a file object -> a path or file object. Raises
+    TABLE_ERRORS, and FileNotFoundError for a member that is missing or unsafe."""
+    if hasattr(file, "read"):
         return file
-    try:
-        return io.BytesIO(open_archive(archive, os.getpid())[0](name))
-    except KeyError:
-        raise FileNotFoundError(2, "no such member", str(file)) from None
+    place, mark, name = str(file).partition("::")
+    if mark and is_archive(place):
+        member, cell, row = name.partition("::")
+        try:
+            data = io.BytesIO(open_archive(place, os.getpid())[0](member))
+        except KeyError:
+            raise FileNotFoundError(2, "no such member", str(file)) from None
+        return open_cell(f"{place}::{member}", row) if cell else data
+    if mark and is_table(place):
+        return open_cell(place, name)
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe waits forever, and /dev/zero has no end
+        raise OSError("not a regular file")
+    return file
+
+
+def essential_chunks(file):
+    """A PNG without its text, profile and other extras: Pillow refuses the whole image for a large one -> its bytes"""
+    with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
+        f.seek(0)
+        out, keep = [f.read(8)], {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+        while len(head := f.read(8)) == 8:
+            size = int.from_bytes(head[:4], "big") + 4
+            body = f.read(size) if head[4:] in keep else f.seek(size, os.SEEK_CUR)
+            out += [head, body] if head[4:] in keep else []
+    return io.BytesIO(b"".join(out))
+
+
+def to_srgb(image):
+    """Colours of an embedded profile (Display P3, Adobe RGB, CMYK) -> sRGB; a profile that is broken is ignored."""
+    profile = image.info.get("icc_profile")
+    if not profile or b"sRGB" in profile[:4096]:
+        return image
+    if image.mode in ("P", "PA", "LA", "1"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        srgb = ImageCms.createProfile("sRGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+    return image
+
+
+def decode_image(file, max_pixels):
+    image = Image.open(file, formats=list(set(image_formats().values())))
+    if image.width * image.height > max_pixels:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's convert clips at 255
+        wide = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+    image = to_srgb(ImageOps.exif_transpose(image))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def open_rgb(file, max_pixels=MAX_PIXELS):
-    """Path, locator or file object -> RGB PIL image as a person sees it: upright, alpha on white, 16 bit scaled, first
-    frame. Raises BadImage only; more than max_pixels are never decoded."""
+    """Path, locator or file object -> RGB PIL image as a person sees it: upright, in sRGB, alpha on white, 16 bit
+    scaled, first frame. Raises BadImage only; more than max_pixels are never decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit: ours is max_pixels
-            image = Image.open(open_bytes(file))
-            if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's convert clips at 255
-                wide = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            opened = open_bytes(file)
+            try:
+                return decode_image(opened, max_pixels)
+            except ValueError as e:
+                if "too large" not in str(e) and "Too much memory" not in str(e):
+                    raise
+                return decode_image(essential_chunks(opened), max_pixels)
     except Exception as e:  # decoders raise anything on hostile bytes
         rules = {FileNotFoundError: "image missing", Image.DecompressionBombError: "image too large"}
         error = BadImage(f"{file}: {rules.get(type(e), BadImage.rule)} ({reason(e)})")
@@ -222,6 +380,13 @@ def keep_image(job):
     return {"rule": "image blank"} if blank else store_image(image, folder, size)
 
 
+def link_or_copy(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # exFAT, SMB and buckets have no hard links
+        shutil.copy2(source, target)
+
+
 class ImageStore:
     """images/ of a data folder. Its log.jsonl, [key, facts] per image, is only a cache: a torn line costs one decoding.
     old: an earlier data folder, whose images are linked instead of made again."""
@@ -232,8 +397,8 @@ class ImageStore:
             log.parent.mkdir(parents=True, exist_ok=True)
             if not log.exists() and (old / "log.jsonl").exists():
                 shutil.copy(old / "log.jsonl", log)
-                with suppress(shutil.Error):  # without hard links they are decoded again
-                    shutil.copytree(old, log.parent, copy_function=os.link, dirs_exist_ok=True,
+                with suppress(shutil.Error):  # what cannot be copied is decoded again
+                    shutil.copytree(old, log.parent, copy_function=link_or_copy, dirs_exist_ok=True,
                                     ignore=shutil.ignore_patterns("log.jsonl"))
             self.log = open(log, "a+b")
             self.log.write(b"\n")  # ends a line that a kill tore
@@ -260,7 +425,7 @@ class ImageStore:
         for source in sources:
             place, stat = source.partition("::")[0], None
             with suppress(OSError, ValueError):
-                stat = os.stat(place if is_archive(place) else source)
+                stat = os.stat(place if is_archive(place) or is_table(place) else source)
             keys.append((source, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0, self.size))
         todo = [k for k in dict.fromkeys(keys) if not self.recall(k)]
         jobs = [(k[0], str(self.folder), self.size) for k in todo]
@@ -268,7 +433,7 @@ class ImageStore:
         if self.workers > 1 and len(jobs) > 32:
             pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that only this process gets Ctrl-C
-            made = pool.map(keep_image, jobs, chunksize=8)
+            made = pool.map(keep_image, jobs, chunksize=min(BLOCK, 1 + len(jobs) // (8 * self.workers)))
             signal.signal(signal.SIGINT, handler)
         try:
             for key, facts in zip(todo, tqdm(made, "images", len(jobs), unit="image", disable=len(jobs) < 1000)):
@@ -357,8 +522,9 @@ def encode_cached(prompts, text_model=MINILM, device=None, cache="data/.cache"):
 def repair(prompts):
     """Series of prompts -> one line each: no control characters, no mojibake, single spaces."""
     import ftfy
+    prompts = prompts.str.head(MAX_PROMPT + 1)  # "too long" anyway
     odd = prompts.str.contains(r"[^\x20-\x7e]|&\w+;").fill_null(False).arg_true()  # ftfy is slow, most are ASCII
-    fixed = pl.Series([ftfy.fix_text(p, normalization="NFKC") for p in prompts.gather(odd)], dtype=pl.String)
+    fixed = pl.Series([ftfy.fix_text(p, normalization="NFKC", uncurl_quotes=False) for p in prompts.gather(odd)], dtype=pl.String)
     return prompts.scatter(odd, fixed).str.replace_all(r"[\p{C}\s]+", " ").str.strip_chars().rename("prompt")
 
 
@@ -374,15 +540,17 @@ def clip_tokens(prompts, limit):
 def text_rules(args):
     """(name, expression that is true where a row is dropped), in order. A rule of your own is one more line here."""
     prompt = pl.col("prompt")
-    words = prompt.str.count_matches(" ") + 1
+    words = prompt.str.count_matches(r"[\p{L}\p{N}]+")
     tokens = prompt.map_batches(lambda p: clip_tokens(p, args.max_tokens), return_dtype=pl.Int64)
     marks = prompt.str.replace_all(r"\s", "")
     good = {"ascii": r"[\x21-\x7e]", "latin": r"[\x21-\x7e\p{Latin}\p{M}\p{P}]", "any": r"."}[args.charset]
     nsfw = pl.max_horizontal("image_nsfw", "prompt_nsfw")
     return [
-        ("blank", prompt.is_null() | prompt.str.to_lowercase().is_in(["", "nan", "null", "none", "n/a"])),
+        ("no prompt", prompt.is_null()),
+        ("blank", prompt.str.to_lowercase().is_in(["", "nan", "null", "none", "n/a"])),
         ("too short", words < args.min_words),
-        ("too long", words > args.max_words),
+        ("undecodable", prompt.str.contains("\ufffd")),
+        ("too long", (words > args.max_words) | (prompt.str.len_chars() > MAX_PROMPT)),
         ("too many tokens", tokens > args.max_tokens),
         ("characters", (marks.str.count_matches(good) < 0.9 * marks.str.len_chars()) | ~prompt.str.contains(r"\p{L}")),
         ("width or height", (pl.min_horizontal("width", "height") < args.min_side)
@@ -395,6 +563,223 @@ def normalised(prompt):
     """Polars expression: a prompt without case, spacing and punctuation."""
     folded = prompt.str.to_lowercase().str.replace_all(r"[\p{P}\p{S}\s]+", " ").str.strip_chars()
     return pl.when(folded == "").then(prompt).otherwise(folded)
+
+
+# ------------------------------- the prompt in what a generator wrote
+KNOWN = re.compile(r"\b(?:steps: ?\d+|seed: ?-?\d+|(?:cfg|guidance) scale: ?[\d.]+|size: ?\d+ ?x ?\d+|width: ?\d+|height: "
+                   r"?\d+|sampler: ?\w[^,\n]*|model hash: ?\w+)(?=\s*(?:,|$))", re.I | re.M)  # settings of a generator
+PAIR = re.compile(r"\s*[A-Za-z][\w /-]{0,40}: ?")
+NEGATIVE = re.compile(r"\s*negative[ _]prompt:", re.I)
+LABEL = re.compile(r"^(?:positive )?prompt:[ \t]*(.*(?:\n(?![A-Z][\w /-]{0,40}:).*)*)", re.I | re.M)
+NETWORKS = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")
+JSON_KEYS = ("prompt", "positive_prompt", "p", "v4_prompt", "base_caption", "caption", "captions", "text", "sui_image_params",
+             "meta", "metadata", "image", "parameters", "comment", "description")
+INSIDE = "sui_image_params", "meta", "metadata", "image", "parameters", "comment"  # of these only what is JSON again
+ENCODED = ("populated_text", "t5xxl", "mt5xl", "text_g", "clip_g", "text", "prompt", "user_prompt", "positive_prompt",
+           "positive", "text_l", "clip_l", "bert")  # the inputs of ComfyUI's text encoders, the fullest first
+JOINS = "delimiter", "separator", "clean_whitespace", "inputcount", "return_list"
+
+
+class NoPrompt(Exception):
+    """Says why a prompt that must be somewhere in a carrier cannot be told."""
+
+
+def decode_text(data):
+    """Bytes -> text: by its byte order mark, else UTF-8, and what is not UTF-8 as cp1252 (U+FFFD where that has none)."""
+    for mark, name in ((codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
+                       (codecs.BOM_UTF16_BE, "utf-16-be")):
+        if data.startswith(mark):
+            return data[len(mark):].decode(name, "replace")
+    if b"\0" in data[:2]:  # UTF-16 without a mark
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le", "replace")
+    return data.decode("utf-8", "cp1252")
+
+
+codecs.register_error("cp1252", lambda e: (e.object[e.start:e.end].decode("cp1252", "replace"), e.end))
+
+
+def prompt_of(text):
+    """The text of any carrier: prose, AUTOMATIC1111's infotext, or a generator's JSON -> its prompt; None or "" if it
+    has none. Raises NoPrompt."""
+    text = re.sub(r"^\s*(prompt|workflow):\s*(?=\{)", "", text.strip().removeprefix("\ufeff"), flags=re.I)
+    if text[:1] in ("{", "["):
+        try:
+            return find_prompt(json.loads(text))
+        except (ValueError, RecursionError):  # "[castle] at night" and "{red|blue} car" are prose
+            if re.match(r'[{\[]\s*\{?\s*"[^"]*"\s*:', text):
+                raise NoPrompt("damaged JSON") from None
+    return NETWORKS.sub("", cut_settings(text)).strip()
+
+
+def cut_settings(text):
+    """Infotext -> what stands before its "Negative prompt:" line or its run of "Key: value" pairs; prose as it is."""
+    if (label := LABEL.search(text)) and (KNOWN.search(text) or re.search(NEGATIVE.pattern, text, re.I)):
+        text = label[1]  # Easy Diffusion has a key per line
+        if not KNOWN.search(text):
+            return text
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        if NEGATIVE.match(line):
+            return "\n".join(lines[:i])
+        if PAIR.match(line) and KNOWN.search(line) and len(KNOWN.findall("\n".join(lines[i:]))) > 1:
+            while i > 1 and PAIR.match(lines[i - 1]) and lines[i - 1].rstrip().endswith(","):
+                i -= 1  # SD.Next writes other keys before Steps
+            return "\n".join(lines[:i])
+    found = [*KNOWN.finditer(text)]
+    if len(found) > 2:  # all on one line, as in a cell of a table
+        return re.split(NEGATIVE.pattern, text[:found[0].start()], flags=re.I)[0].rstrip(" ,")
+    return text
+
+
+def find_prompt(found):
+    """Parsed JSON of a generator -> the prompt in it, or None. Raises NoPrompt."""
+    if isinstance(found, str):
+        return prompt_of(found)
+    if isinstance(found, list):
+        return next((p for p in map(find_prompt, found) if p), None)
+    if not isinstance(found, dict):
+        return None
+    if nodes := {k: v for k, v in found.items() if isinstance(v, dict) and "class_type" in v}:
+        return comfy_prompt({k: v for k, v in nodes.items() if isinstance(v.get("inputs"), dict)})
+    found = {k.lower(): v for k, v in found.items()}
+    if isinstance(found.get("c"), str) and "uc" in found:  # Draw Things
+        return found["c"]
+    for key in JSON_KEYS:
+        value = found.get(key)
+        if key in INSIDE and not isinstance(value, dict) and not str(value).startswith("{"):
+            continue
+        if prompt := find_prompt(value):
+            return prompt
+    return None
+
+
+def is_link(value):
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], (str, int))
+
+
+def upstream(nodes, start, skip=r"(?!)"):
+    """The ids of all nodes that a node of ComfyUI's graph depends on, but for inputs whose names match `skip`."""
+    found, todo = set(), [start]
+    while todo:
+        for key, value in nodes[todo.pop()]["inputs"].items():
+            if is_link(value) and str(value[0]) in nodes.keys() - found and not re.search(skip, key):
+                found.add(str(value[0]))
+                todo.append(str(value[0]))
+    return found
+
+
+def comfy_prompt(nodes):
+    """ComfyUI's graph {id: {class_type, inputs}} -> the text of the sampler that composed the image. Raises NoPrompt."""
+    linked = {str(v[0]) for n in nodes.values() for v in n["inputs"].values() if is_link(v)}
+    saves = [i for i, n in nodes.items() if "save" in str(n["class_type"]).lower()]
+    ends = saves or [i for i in nodes if i not in linked]
+    used = set(ends).union(*(upstream(nodes, i) for i in ends))
+    starts = {}  # sampler: the nodes that its latent image comes from
+    for i in used:
+        inputs, kind = nodes[i]["inputs"], str(nodes[i]["class_type"])
+        if is_link(inputs.get("guider")) or is_link(inputs.get("positive")) and re.search("ampler|pscale|etailer", kind):
+            starts[i] = upstream(nodes, i, r"positive|negative|guider|cond|model|clip|vae|control|text")
+    first = [i for i, before in starts.items() if not before & starts.keys()]
+    empty = [i for i in first if any("empty" in str(nodes[n]["class_type"]).lower() for n in starts[i])]
+    steps = []
+    texts = {conditioning_text(nodes, nodes[i]["inputs"].get("guider") or nodes[i]["inputs"]["positive"], steps)
+             for i in empty or first}
+    if len(texts) != 1:
+        kinds = sorted({str(n["class_type"]) for n in nodes.values() if "ampler" in str(n["class_type"])})
+        raise NoPrompt(f"ComfyUI graph with {len(texts)} prompts ({', '.join(kinds[:3]) or 'no sampler'})")
+    return texts.pop()
+
+
+def visit(nodes, link, steps):
+    """-> class and inputs of a linked node. `steps` grows with each visit, so that no graph takes forever."""
+    steps.append(link)
+    node = nodes.get(str(link[0])) if is_link(link) else None
+    if not node or len(steps) > 1000:
+        raise NoPrompt("ComfyUI graph with a loop" if node else "ComfyUI graph with a node missing")
+    return str(node["class_type"]), node["inputs"]
+
+
+def conditioning_text(nodes, link, steps):
+    kind, inputs = visit(nodes, link, steps)
+    if "ZeroOut" in kind:
+        return ""
+    onward = [k for k in sorted(inputs) if re.match(r"cond|positive$|guider$", k) and is_link(inputs[k])]
+    if len(inputs) == 1 and "Reroute" in kind:
+        onward = [*inputs]
+    if onward and "text" not in inputs:  # combine and concat: the part that the other is added to comes first
+        onward.sort(key=lambda k: "from" in k)
+        return ", ".join(filter(None, (conditioning_text(nodes, inputs[k], steps) for k in onward)))
+    keys = [k for k in ENCODED if k in inputs]
+    if not keys:
+        raise NoPrompt(f"ComfyUI node {kind}")
+    return next(filter(None, (node_text(nodes, inputs[k], steps) for k in keys)), "")
+
+
+def node_text(nodes, value, steps):
+    """A text, or a link to nodes that hold, show or join texts -> the text. Any other node may change it: NoPrompt."""
+    if isinstance(value, str):
+        return value[:MAX_PROMPT + 1]
+    kind, inputs = visit(nodes, value, steps)
+    if "populated_text" in inputs:
+        return node_text(nodes, inputs["populated_text"], steps)
+    parts = [k for k in inputs if re.fullmatch(r"(text|string|prompt|value|positive|input)?(_?[a-z]|_?\d+)?", k, re.I)]
+    if not parts or inputs.keys() - {*parts, *JOINS}:
+        raise NoPrompt(f"ComfyUI node {kind}")
+    parts.sort(key=lambda k: (len(k), k))
+    if re.search("show|display|preview", kind, re.I):
+        del parts[1:]  # the others hold what was shown
+    join = next((inputs[k] for k in ("delimiter", "separator") if k in inputs), "")
+    join = node_text(nodes, join, steps).replace("\\n", "\n")
+    return join.join(filter(None, (node_text(nodes, inputs[k], steps) for k in parts)))
+
+
+def image_carriers(file):
+    """The texts in an image's metadata that may hold its prompt: of PNG chunks, EXIF and XMP, in this order."""
+    try:
+        image = Image.open(open_bytes(file), formats=list(set(image_formats().values())))
+        info, exif = image.info, image.getexif()
+        comment = exif.get_ifd(0x8769).get(0x9286, b"")
+    except Exception:  # decoders raise anything; the image is reported later
+        return []
+    found = [info.get(k) for k in ("parameters", "invokeai_metadata", "sd-metadata", "prompt")]
+    if dream := re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info.get("Dream", ""))):  # InvokeAI 1: a command line
+        found.append(dream[1] or dream[2])
+    found += [v for v in (info.get("Comment"), exif.get(0x010f), exif.get(0x0110)) if "{" in str(v)]
+    if isinstance(comment, bytes):  # eight bytes name the encoding; the byte order of UTF-16 is anybody's guess
+        code, comment = comment[:8], comment[8:]
+        if code == b"UNICODE\0" and comment[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            texts = [comment.decode(name, "replace") for name in ("utf-16-be", "utf-16-le")]
+            comment = max(texts, key=lambda t: sum(c < "\u0250" for c in t))
+        else:
+            comment = decode_text(comment)
+    found += [comment, info.get("Description")]
+    if isinstance(exif.get(0x010e), str):  # ImageDescription, which Pillow takes for Latin-1
+        found.append(decode_text(exif[0x010e].encode("latin-1", "replace")))
+    xmp = info.get("xmp") or info.get("XML:com.adobe.xmp") or b""
+    xmp = decode_text(xmp) if isinstance(xmp, bytes) else xmp
+    found += [html.unescape(t) for t in re.findall(r"UserComment>.*?<rdf:li[^>]*>(.*?)</rdf:li>", xmp, re.S)]
+    return [t for t in found if isinstance(t, str)]
+
+
+def first_prompt(carriers, left):
+    """The first prompt that carriers (texts and parsed JSON) hold, or None; `left` counts what could not be told."""
+    why = []
+    for carrier in carriers:
+        try:
+            if carrier and (prompt := find_prompt(carrier)):
+                return prompt.encode("utf8", "replace").decode()  # JSON may hold half a surrogate pair
+        except NoPrompt as e:
+            why.append(f"image without a prompt: {e}")
+    left.update(why[:1])
+    return None
+
+
+def prompts_of(cells):
+    """Series of a table's cells -> their prompts."""
+    odd = cells.str.contains(r"(?i)^\s*[\[{]|prompt:|(steps|seed|size): ?-?\d|<(lora|lyco|hypernet):")
+    odd = odd.fill_null(False).arg_true()
+    found = [first_prompt([text], Counter()) for text in cells.gather(odd)]
+    return cells.scatter(odd, pl.Series(found, dtype=pl.String))
 
 
 # ------------------------------------- near-duplicates, the split
@@ -552,6 +937,10 @@ def split_groups(x, val_fraction, seed, threshold, ood):
 
 
 # -------------------------------------------------------- sources
+class BadTable(Exception):
+    """Says what is wrong with a table."""
+
+
 def as_rows(table, source, **columns):
     """A table, lazy or not, and more columns (expressions) -> the columns of ROW, null where missing."""
     table = table.with_columns(**columns)
@@ -560,49 +949,238 @@ def as_rows(table, source, **columns):
     return table.with_columns(pl.col("source").fill_null(source))
 
 
-def read_table(path, image_col=None, prompt_col=None, need=("image", "prompt"), source=None):
-    """A table or a locator of one -> DataFrame of ROW, image a full path, locator or null; need: its columns."""
-    suffix = Path(str(path)).suffix.lower()
+def cell_kind(cell):
+    """A Parquet column's type, or a JSON value -> "text", "bytes", the names of its fields, or what else it is. Of a list
+    that of its items."""
+    while isinstance(cell, (pl.List, pl.Array)):
+        cell = cell.inner
+    cell = first(cell)
+    if isinstance(cell, (pl.Struct, dict)):
+        return tuple(cell) if isinstance(cell, dict) else tuple(f.name for f in cell.fields)
+    if cell is None or isinstance(cell, str) or cell in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+        return "text"
+    return "bytes" if cell == pl.Binary else str(cell) if isinstance(cell, pl.DataType) else type(cell).__name__
+
+
+def is_usable(kind, what):
+    embedded = kind == "bytes" or isinstance(kind, tuple) and {"bytes", "path"} & {*kind}
+    return kind == "text" or what == "image" and bool(embedded)
+
+
+def pick_column(kinds, common, what):
+    """{column: kind} -> the first usable one by the order of `common`, or None."""
+    named = [c for n in common for c in kinds if c.strip().lower() == n]
+    return next((c for c in named if is_usable(kinds[c], what)), None)
+
+
+def find_column(kinds, what, wanted, need):
+    """-> the column for the image or the prompt and a field of it, as --prompt-col text.en has, or None. Raises BadTable."""
+    common = IMAGE_COLUMNS if what == "image" else PROMPT_COLUMNS
+    column, dot, field = (wanted or "").rpartition(".")
+    if dot and wanted not in kinds and isinstance(kinds.get(column), tuple) and field in kinds[column]:
+        return column, field
+    found = wanted if wanted in kinds or wanted and what in need else pick_column(kinds, common, what)
+    if what not in need and not is_usable(kinds.get(found), what):
+        return None, None
+    found = found or next((c for n in common for c in kinds if c.lower() == n), None)
+    if found not in kinds:
+        also = ", or clean prompts alone with --text-only" if what == "image" else ""
+        raise BadTable(f"no column {found or f'for the {what}'} among: {', '.join(kinds)}; "
+                       f"name another one with --{what}-col{also}")
+    if isinstance(kinds[found], tuple) and not is_usable(kinds[found], what):
+        raise BadTable(f"the column {found} holds the fields {', '.join(kinds[found])}; "
+                       f"choose one with --{what}-col {found}.{kinds[found][0]}")
+    if not is_usable(kinds[found], what):
+        raise BadTable(f"the column {found} holds {kinds[found]}, not text; name another one with --{what}-col")
+    return found, None
+
+
+def read_parquet(path, image_col, prompt_col, need, limit):
+    """-> DataFrame: image (path or locator, by its row), prompt and further columns of ROW. Raises BadTable, TABLE_ERRORS"""
+    scan = pl.scan_parquet(open_bytes(path))
+    types, columns = scan.collect_schema(), {}
+    kinds = {c: cell_kind(t) for c, t in types.items()}
+    for what, wanted in (("image", image_col), ("prompt", prompt_col)):
+        column, field = find_column(kinds, what, wanted, need)
+        if column is None or what not in need and what == "image":
+            columns[what] = pl.lit(None, pl.String)
+            continue
+        cell, kind = pl.col(column), types[column]
+        while isinstance(kind, (pl.List, pl.Array)):
+            cell, kind = cell.list.first() if isinstance(kind, pl.List) else cell.arr.first(), kind.inner
+        if what == "prompt" or kinds[column] == "text":
+            columns[what] = (cell.struct.field(field) if field else cell).cast(pl.String, strict=False)
+        else:  # read when it is needed, a few rows at a time
+            end = "" if column == pick_column(kinds, IMAGE_COLUMNS, "image") else f"::{column}"
+            columns[what] = pl.lit(f"{path}::") + pl.int_range(pl.len()).cast(pl.String) + pl.lit(end)
+            if "name" in need and "path" in kinds[column]:
+                columns["name"] = cell.struct.field("path")
+    extra = [c for c in ROW.keys() - columns.keys() if c in types and (types[c].is_numeric() or types[c] == pl.String)]
+    return scan.select(*extra, **columns).slice(0, limit).collect(engine="streaming")
+
+
+def json_lines(file):
+    with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
+        start = f.read(2)
+        f.seek(0)
+        whole = b"\0" in start or start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        yield from decode_text(f.read()).split("\n") if whole else map(decode_text, f)
+
+
+def json_pairs(found):
+    """Parsed JSON with a list of records, columns, or {image: prompt or record} -> list of records."""
+    if isinstance(found, dict):
+        lists = [v for v in found.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        image = next((v for k, v in found.items() if k.lower() in IMAGE_COLUMNS), None)
+        if isinstance(image, (list, dict)) and not {"bytes", "path"} & {*image}:  # column by column
+            keys = list(image) if isinstance(image, dict) else range(len(image))
+            columns = {k: v for k, v in found.items() if isinstance(v, type(image)) and len(v) == len(image)}
+            return [{k: v.get(i) if isinstance(v, dict) else v[i] for k, v in columns.items()} for i in keys]
+        if image is not None:
+            return [found]
+        found = lists[0] if lists else [{"image": k, "prompt": first_prompt([v], Counter())} for k, v in found.items()]
+    return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
+
+
+def read_json(path, image_col, prompt_col, need, limit):
+    """JSONL line by line, JSON as a whole -> as read_parquet. Lines that are no JSON objects are counted."""
+    names = {*IMAGE_COLUMNS, *PROMPT_COLUMNS, *ROW, image_col, prompt_col, (prompt_col or "").rpartition(".")[0]}
+    lines = json_lines(open_bytes(path))
+    start = next(lines, "")
+    lines, records, bad = itertools.chain([start], lines), [], []
+    if str(path).lower().endswith(".json") or start.strip().startswith("["):
+        text = "".join(line if line.endswith("\n") else f"{line}\n" for line in lines)
+        try:
+            lines, records = (), [*enumerate(json_pairs(json.loads(text)))][:limit]
+        except RecursionError:
+            raise BadTable("JSON too deep") from None
+        except ValueError:
+            lines = text.split("\n")
+    for n, line in enumerate(lines):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError):
+            record = None
+        if record and isinstance(record, dict):
+            record = {k: v for k, v in record.items() if k in names or k.strip().lower() in names or n < 100}
+            for k in record.keys() & {*IMAGE_COLUMNS, image_col}:  # not all images in memory
+                record[k] = image_cell(record[k], path, n, k if k == image_col else "")
+            records.append((n, record))
+        elif record != {}:
+            bad.append(n + 1)
+        if len(records) == limit:
+            break
+    if bad:
+        print(f"{path}: {len(bad):,} lines that are no JSON objects were skipped, first line {bad[0]}", file=sys.stderr)
+    kinds = {}
+    for _, record in records:
+        for k, v in record.items():
+            kinds[k] = cell_kind(v) if kinds.get(k) in (None, "text") and first(v) is not None else kinds.get(k, "text")
+    if not kinds:
+        raise BadTable("the table has no rows")
+    columns = {}
+    for what, wanted in (("image", image_col), ("prompt", prompt_col)):
+        column, field = find_column(kinds, what, wanted, need)
+        cells = [first(record.get(column)) for _, record in records]
+        if what == "image":
+            cells = [image_cell(v, path, n, column if column == image_col else "") for v, (n, _) in zip(cells, records)]
+        cells = [v.get(field) if field and isinstance(v, dict) else v for v in cells]
+        columns[what] = pl.Series([v if isinstance(v, str) else None for v in cells], dtype=pl.String)
+    for k in ROW.keys() & kinds.keys() - columns.keys():
+        kind = str if ROW[k] == pl.String else (int, float)
+        cells = [v if isinstance(v := r.get(k), kind) and abs(v if kind != str else 0) < 1e9 else None for _, r in records]
+        columns[k] = pl.Series(cells, dtype=pl.String if kind is str else pl.Float64, strict=False)
+    return pl.DataFrame(columns)
+
+
+def image_cell(value, path, row, column):
+    """A JSON value -> a path, or the locator of the image in it."""
+    value = first(value)
+    embedded = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(embedded, str) and (len(embedded) > 1000 or embedded.startswith("data:image") or embedded is not value):
+        return f"{path}::{row}" + (f"::{column}" if column else "")
+    return value.get("path") if isinstance(value, dict) and "path" in value else value
+
+
+def read_csv(path, image_col, prompt_col, need, limit):
+    """CSV as Python's csv module reads it, also with another separator or escapes -> as read_parquet."""
+    file = open_bytes(path)
+    text = decode_text(file.read() if hasattr(file, "read") else Path(file).read_bytes())
+    csv.field_size_limit(1 << 30)
+    start = text[:1 << 20].lstrip("\r\n").splitlines()[:1]
+    known, headers = {*IMAGE_COLUMNS, *PROMPT_COLUMNS, image_col, prompt_col}, {}
+    for separator in ("\t,;|" if str(path).lower().endswith(".tsv") else ",\t;|"):
+        header = next(csv.reader(start, delimiter=separator), [])
+        headers[separator] = len({c.strip().lower() for c in header} & known), len(header)
+    separator = max(headers, key=headers.get)
+    # a file whose rows are all as long as its header has been understood; else csv.reader's defaults stand
+    dialects = [{"strict": True}, {"strict": True, "escapechar": "\\"}, {"strict": True, "skipinitialspace": True}]
+    dialects, unclosed = dialects if '"' in text or "\\" in text else [], False
+    for dialect in [*dialects, {"quoting": csv.QUOTE_NONE}, {}]:
+        if "quoting" in dialect and not (unclosed or separator == "\t"):
+            continue
+        try:
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, **dialect)
+            if not dialect or len({len(row) for row in reader if row}) == 1:
+                break
+        except csv.Error as e:
+            unclosed |= "unexpected end" in str(e)
+    reader = filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, **dialect))
+    header = next(reader, [])
+    kinds = dict.fromkeys(header, "text")
+    if not header:
+        raise BadTable("the table has no rows")
+    wanted = {what: find_column(kinds, what, name, need)[0] for what, name in (("image", image_col), ("prompt", prompt_col))}
+    wanted |= {k: k for k in ROW if k in kinds and k not in wanted}
+    at, rows, bad = {k: header.index(c) for k, c in wanted.items() if c is not None}, [], []
+    for n, row in enumerate(reader, 2):
+        if any(cell.strip() for cell in row[len(header):]):  # a separator in an unquoted prompt?
+            bad.append(n)
+        else:
+            rows.append([row[i] if i < len(row) else None for i in at.values()])
+        if len(rows) == limit:
+            break
+    if bad:
+        print(f"{path}: {len(bad):,} rows with more cells than the header were skipped, first row {bad[0]}; "
+              "quote cells that hold a separator", file=sys.stderr)
+    return pl.DataFrame(rows, schema=dict.fromkeys(at, pl.String), orient="row")
+
+
+def scan_table(path, image_col=None, prompt_col=None, need=("image", "prompt"), source=None, limit=None):
+    """A table or a locator of one -> DataFrame of ROW, image a full path, locator or null; need: the columns that must be
+    there. Raises BadTable."""
+    suffix = os.path.splitext(str(path))[1].lower()
+    read = read_parquet if suffix == ".parquet" else read_csv if suffix in (".csv", ".tsv") else read_json
     try:
-        file = open_bytes(path)
-        if suffix == ".parquet":
-            table = pl.scan_parquet(file)
-        elif suffix in (".jsonl", ".ndjson"):
-            table = pl.read_ndjson(file, infer_schema_length=None).lazy()
-        else:  # no schema inference: "NaN" and "007" are text
-            separator = "\t" if suffix == ".tsv" else ","
-            table = pl.read_csv(file, infer_schema=False, separator=separator, encoding="utf8-lossy").lazy()
-        kinds, columns = table.collect_schema(), {}
-        for what, wanted, common in (("prompt", prompt_col, PROMPT_COLUMNS), ("image", image_col, IMAGE_COLUMNS)):
-            found = next((c for n in common for c in kinds if c.lower() == n), None)
-            found = wanted if wanted in kinds or wanted and what in need else found
-            usable = found in kinds and not kinds[found].is_nested() and kinds[found] != pl.Binary
-            if what in need and not usable:
-                holds = f"the column {found} holds {kinds[found]}, not text" if found in kinds else (
-                    f"no column {found or f'for the {what}'} among: {', '.join(kinds)}")
-                also = ", or clean prompts alone with --text-only" if what == "image" else ""
-                sys.exit(f"{path}: {holds}; name another one with --{what}-col{also}")
-            columns[what] = pl.col(found).cast(pl.String, strict=False) if usable else pl.lit(None, pl.String)
-        table = as_rows(table, source or Path(str(path)).stem, **columns).collect()
-    except (pl.exceptions.PolarsError, *ARCHIVE_ERRORS) as e:
-        sys.exit(f"{path}: not a readable table ({reason(e)}); give CSV, TSV, Parquet or JSONL")
+        table = as_rows(read(path, image_col, prompt_col, need, limit), source or Path(str(path)).stem)
+    except TABLE_ERRORS as e:
+        raise BadTable(f"not a readable table ({reason(e)}); give CSV, TSV, Parquet, JSONL or JSON") from None
     if not len(table):
-        sys.exit(f"{path}: the table has no rows")
+        raise BadTable("the table has no rows")
     inside = str(path).partition("::")[2]  # image paths are relative to the table
     root = str(path)[:-len(Path(inside).name)] if inside else f"{Path(path).absolute().parent}/"
     image = pl.col("image").str.replace_all("\0", "", literal=True)
-    whole = image.str.starts_with("/") & (not inside)
-    return table.with_columns(pl.when(image != "").then(pl.when(whole).then(image).otherwise(pl.lit(root) + image)))
+    whole = image.str.starts_with(f"{path}::") | (image.str.starts_with("/") & (not inside))
+    image = pl.when(image != "").then(pl.when(whole).then(image).otherwise(pl.lit(root) + image))
+    return table.with_columns(image, prompts_of(table["prompt"]))
+
+
+def read_table(path, *args, **kwargs):
+    """As scan_table; a table that cannot be read is a user's error."""
+    try:
+        return scan_table(path, *args, **kwargs)
+    except BadTable as e:
+        sys.exit(f"{path}: {e}")
 
 
 def is_diffusiondb(path):
     try:
         return path.suffix == ".parquet" and {"image_name", "part_id", "prompt"} <= set(pl.read_parquet_schema(path))
-    except (pl.exceptions.PolarsError, OSError):
+    except TABLE_ERRORS:
         return False
 
 
-def read_diffusiondb(metadata, source):
+def read_diffusiondb(metadata, source, limit):
     """DiffusionDB's metadata(-large).parquet -> DataFrame of ROW, image null where a part is missing. Parts are beside
     it, in images/ or in diffusiondb-large-part-*/, as zips, as folders or all flat."""
     root, parts, flat = metadata.absolute().parent, {}, {}
@@ -610,124 +1188,192 @@ def read_diffusiondb(metadata, source):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if part := re.fullmatch(r"part-(\d{6})(\.zip)?", path.name):
                 parts.setdefault(int(part[1]), f"{path}::" if part[2] else f"{path}/")
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
+            elif is_image(path.name):
                 flat[path.name] = str(path)
     name = pl.when(~pl.col("image_name").str.contains(r"[/\\\x00]")).then("image_name")  # a path in it is hostile
     image = pl.col("part_id").cast(pl.Int64).replace_strict(parts, default=None, return_dtype=pl.String) + name
     flat = name.replace_strict(flat, default=None, return_dtype=pl.String)
-    return as_rows(pl.scan_parquet(metadata), source, image=pl.coalesce(image, flat)).collect()
+    return as_rows(pl.scan_parquet(metadata).slice(0, limit), source, image=pl.coalesce(image, flat)).collect()
 
 
-def png_prompt(file):
-    """The positive prompt in a PNG's text (AUTOMATIC1111, InvokeAI, a simple ComfyUI graph), or None."""
-    try:
-        info = Image.open(open_bytes(file)).info
-    except Exception:  # decoders raise anything; the image is reported later
-        return None
-    try:
-        if isinstance(info.get("parameters"), str):
-            prompt = re.split(r"Negative prompt:|\bSteps: ?\d", info["parameters"])[0]
-            return re.sub(r"<(lora|lyco|hypernet):[^<>]*>", "", prompt)
-        if "invokeai_metadata" in info:
-            return json.loads(info["invokeai_metadata"])["positive_prompt"]
-        if "sd-metadata" in info:  # InvokeAI 2
-            prompt = json.loads(info["sd-metadata"])["image"]["prompt"]
-            return prompt if isinstance(prompt, str) else prompt[0]["prompt"]
-        if "Dream" in info:  # InvokeAI 1: the command line
-            return re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', info["Dream"]).group(1)
-        nodes = json.loads(info["prompt"])  # ComfyUI: from the sampler's positive input to the text
-        at = next(n["inputs"]["positive"] for n in nodes.values()
-                  if isinstance(n["inputs"].get("positive"), list) and "Sampler" in n["class_type"])
-        keys = "text", "text_g", "string", "positive", "conditioning", "conditioning_1"
-        for _ in nodes:
-            inputs = nodes[at[0]]["inputs"]
-            at = next(inputs[k] for k in keys if k in inputs)
-            if isinstance(at, str):
-                return at
-    except (LookupError, ValueError, TypeError, AttributeError, StopIteration, RecursionError):
-        return None  # somebody else's JSON
+def walk(place, left):
+    """A folder -> its regular files, relative to it, sorted. Links are followed, each real folder once; `left` counts what
+    is left out."""
+    found, seen, todo = [], set(), [""]
+    for inside in todo:
+        try:
+            stat, entries = os.stat(place / inside), sorted(os.scandir(place / inside), key=lambda e: e.name)
+        except OSError:
+            left["folder that cannot be opened"] += 1
+            continue
+        if (stat.st_dev, stat.st_ino) in seen:
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        if inside and (place / inside / "images/log.jsonl").is_file():
+            print(f"{place / inside}: left out, because clean.py made it", file=sys.stderr)
+            continue
+        for entry in entries:
+            if entry.is_dir():
+                todo += [f"{inside}{entry.name}/"] * (not entry.name.startswith("."))
+                left["hidden folder"] += entry.name.startswith(".")
+            elif entry.is_file():
+                found.append(inside + entry.name)
+            else:
+                left["pipe, device or broken link"] += 1
+    return sorted(found)
 
 
-def sidecar(path, content):
-    """A .txt or .json beside images -> {an image, or its path without suffix: prompt}."""
-    found = content.decode("utf-8-sig", "replace")
-    found = json.loads(found) if path.suffix.lower() == ".json" else found
-    if isinstance(found, dict):
-        if found and all(isinstance(v, dict) and "p" in v for v in found.values()):  # a DiffusionDB part
-            return {str(path.with_name(Path(name).name)): v["p"] for name, v in found.items()}
-        found = next((found[k] for k in (*PROMPT_COLUMNS, "p") if isinstance(found.get(k), str)), None)
-    return {str(path.with_suffix("")): found} if isinstance(found, str) else {}
+def sidecar_keys(name, tar):
+    """The names under which an image finds its sidecar: in tars (webdataset) a key ends at the first dot."""
+    folder, _, base = unicodedata.normalize("NFC", name).rpartition("/")
+    keys = f"{folder}/{base}", f"{folder}/{os.path.splitext(base)[0]}", f"{folder}/{base.split('.')[0]}"
+    return keys if tar else keys[:2]
 
 
-def read_place(place, source):
-    """A folder, zip or tar, read in place -> DataFrame of ROW with every image; its prompt from a table metadata*, a
-    part's JSON or a sidecar (.txt, .json), or the PNG itself. Archives in a folder are read too, unless damaged."""
-    place, names, prompts, frames, rows = Path(place), [], {}, [], []
+def is_tags(text):
+    items = text.split(",")
+    return len(items) > 2 and len(text.split()) < 3 * len(items)
+
+
+def read_sidecars(names, images, tar, read, left):
+    """The .caption, .json and .txt files of a place -> {suffix: {key of an image: text or parsed JSON}}."""
+    found, owners = {".caption": {}, ".json": {}, ".txt": {}}, {key for name in images for key in sidecar_keys(name, tar)}
+    for name in names:
+        base, suffix = os.path.splitext(name)
+        table = found.get(suffix.lower())
+        if table is None:
+            continue
+        keys = [k for k in (sidecar_keys(name, tar)[1:] if tar else sidecar_keys(name, tar)[1:2]) if k in owners]
+        try:
+            content = decode_text(read(name)) if keys or suffix.lower() == ".json" else None
+            content = json.loads(content) if suffix.lower() == ".json" else content
+        except (*ARCHIVE_ERRORS, RecursionError):
+            left[f"unreadable {suffix}"] += 1
+            continue
+        for n, key in enumerate(keys):  # what several texts share is nobody's
+            table[key] = None if n and key in table and table[key] is not content else content
+        if not keys and suffix.lower() == ".json":
+            folder = os.path.dirname(sidecar_keys(name, False)[0])
+            for record in json_pairs(content):
+                image = next((v for k, v in record.items() if k.lower() in IMAGE_COLUMNS), None)
+                if isinstance(image, str):
+                    keys.append(os.path.normpath(f"{folder}/{unicodedata.normalize('NFC', image)}"))
+                    table.setdefault(keys[-1], record)
+        if not owners.intersection(keys):
+            left[f"{suffix} beside no image"] += 1
+    return found
+
+
+def read_place(place, source, need=("image", "prompt"), limit=None, left=None):
+    """A folder, zip or tar, read in place -> DataFrame of ROW with every image. Its prompt comes from a table, else from
+    its .caption, its .json, its .txt, the image itself; before a .txt of tags from the image. Archives in a folder are
+    read too. `left`: a Counter of what is not read."""
+    place, left, frames, rows = Path(place), Counter() if left is None else left, [], []
     if place.is_dir():
-        for folder, inside, files in os.walk(place):
-            names += [(Path(folder) / f).relative_to(place).as_posix() for f in files]
-            for ours in [d for d in inside if Path(folder, d, "images/log.jsonl").is_file()]:
-                print(f"{folder}/{ours}: left out, because clean.py made it", file=sys.stderr)
-                inside.remove(ours)
-        names.sort()
-        prefix, read = f"{place.absolute()}/", lambda n: (place / n).read_bytes()
+        names, prefix, read = walk(place, left), f"{place.absolute()}/", lambda n: (place / n).read_bytes()
     else:
-        prefix, (read, names) = f"{place.absolute()}::", open_archive(str(place), os.getpid())
+        read, names, others = open_archive(str(place), os.getpid())
+        prefix = f"{place.absolute()}::"
+        left.update(others)
+    tar = not place.is_dir() and place.suffix.lower() != ".zip"
+    names = [n for n in names if not re.search(r"(^|/)(__MACOSX/|\._)", n)]  # of macOS
     for name in tqdm(names, f"reading {place.name}", unit="file", disable=len(names) < 20_000):
-        path, suffix = Path(name), Path(name).suffix.lower()
+        suffix = os.path.splitext(name)[1].lower()
         if is_archive(name) and place.is_dir():
             try:
-                frames.append(read_place(place / name, source))
+                frames.append(read_place(place / name, source, need, limit, left))
             except ARCHIVE_ERRORS as e:
                 print(f"{place / name}: left out, not a readable archive ({reason(e)})", file=sys.stderr)
-        elif path.stem.startswith("metadata") and suffix in TABLE_SUFFIXES:
-            frames.append(read_table(prefix + name, need=("image",), source=source))
-        elif suffix in (".txt", ".json"):
-            with suppress(*ARCHIVE_ERRORS):  # json's errors are among them
-                for key, prompt in sidecar(path, read(name)).items():
-                    prompts.setdefault(key, prompt)
-    listed = {image for frame in frames for image in frame["image"]}
-    for name in names:
-        if name.lower().endswith(IMAGE_SUFFIXES) and prefix + name not in listed:
-            prompt = prompts.get(name) or prompts.get(str(Path(name).with_suffix("")))
-            if not prompt and name.lower().endswith(".png"):
-                prompt = png_prompt(prefix + name)
-            row = prefix + name, prompt if isinstance(prompt, str) else None
+        elif suffix in TABLE_SUFFIXES[:-1]:
+            try:
+                wants = [w for w in need if w != "prompt" or "image" not in need]
+                frames.append(scan_table(prefix + name, need=wants, source=source, limit=limit))
+            except BadTable as e:
+                left[f"{name}: {e}"] += 1
+        elif not is_image(name) and suffix not in (".json", ".txt", ".caption") and not Path(name).name.startswith("."):
+            left[f"{suffix or 'file without a suffix'}"] += 1
+    table = pl.concat([*frames, as_rows(pl.DataFrame(), source)])
+    table = table.with_columns(image=pl.coalesce(find_images(table["image"]), "image"))
+    listed, images = dict(table.select("image", "prompt").iter_rows()), [n for n in names if is_image(n)]
+    sidecars = read_sidecars(names, images[:limit], tar, read, left)
+
+    def find(name, image):  # the prompt of an image that no table knows
+        texts = [next((found[k] for k in sidecar_keys(name, tar) if found.get(k)), None) for found in sidecars.values()]
+        tags = texts.pop() if isinstance(texts[-1], str) and is_tags(texts[-1]) else None
+        return first_prompt(texts, left) or first_prompt([*image_carriers(image), tags], left)
+    for name in images[:limit]:
+        if prefix + name not in listed:
+            row = prefix + name, find(name, prefix + name)
             rows.append([v and v.encode("utf8", "replace").decode() for v in row])  # names need not be UTF-8
-    rows = pl.DataFrame(rows, schema=["image", "prompt"], orient="row")
-    return pl.concat([*frames, as_rows(rows, source)])
+    blank = table["prompt"].is_null() & table["image"].is_not_null()
+    found = [find(i.removeprefix(prefix), i) for i in table["image"].filter(blank)]
+    table = table.with_columns(table["prompt"].scatter(blank.arg_true(), pl.Series(found, dtype=pl.String)))
+    return pl.concat([table, as_rows(pl.DataFrame(rows, schema=["image", "prompt"], orient="row"), source)]).slice(0, limit)
 
 
-def read_source(path, source=None, image_col=None, prompt_col=None, need=("image", "prompt")):
-    """One INPUT, recognised by what it is -> DataFrame of ROW. need: the columns that a table must have."""
-    path = Path(path)
+def read_source(path, source=None, image_col=None, prompt_col=None, need=("image", "prompt"), limit=None, left=None):
+    """One INPUT, recognised by what it is -> DataFrame of ROW. need: the columns that a table must have; limit: rows; left:
+    a Counter of what is not read, which is also printed."""
+    path, left = Path(path), Counter() if left is None else left
     source = source or path.absolute().name
     metadata = sorted(path.glob("metadata*.parquet")) if path.is_dir() else [path] if "image" in need else []
     if metadata := [p for p in metadata if is_diffusiondb(p)]:
-        return pl.concat([read_diffusiondb(p, source) for p in metadata])
-    if path.is_dir():
-        return read_place(path, source)
-    if not is_archive(path):
-        return read_table(path, image_col, prompt_col, need, source)
+        return pl.concat([read_diffusiondb(p, source, limit) for p in metadata]).slice(0, limit)
+    if not path.is_dir() and not path.is_file():
+        sys.exit(f"{path}: not a regular file; give a table, folder, zip or tar")
+    if not path.is_dir() and not is_archive(path):
+        return read_table(path, image_col, prompt_col, need, source, limit)
     try:
-        return read_place(path, source)
+        mine = Counter()
+        rows = read_place(path, source, need, limit, mine)
     except ARCHIVE_ERRORS as e:
         sys.exit(f"{path}: not a readable archive ({reason(e)}); fetch it again")
+    if mine:
+        print(f"{path}: not read: {list_counts(mine)}", file=sys.stderr)
+    left.update(mine)
+    return rows
 
 
-def absent(images):
-    """Series of paths, locators and nulls -> mask of those missing. Lists each folder and archive once."""
-    listed, gone = {}, []
-    for image in images:
-        place, _, name = (image or "").partition("::")
-        if not is_archive(place):
-            place, name = os.path.split(image or "")
+def list_counts(counts):
+    return ", ".join(f"{n:,} × {k}" for k, n in counts.most_common(12))
+
+
+def find_images(images):
+    """Series of paths, locators and nulls -> the same, as they are on disk, and null where missing: Windows separators and
+    other Unicode forms are tried where there is no such name. Lists each folder and archive once."""
+    listed, found = {}, []
+
+    def names_in(place):  # {name in NFC, and as it is: name}
         if place not in listed:
-            listed[place] = ()
+            listed[place] = {}
             with suppress(*ARCHIVE_ERRORS):
-                listed[place] = set(open_archive(place, os.getpid())[1] if is_archive(place) else os.listdir(place))
-        gone.append(name not in listed[place])
-    return pl.Series(gone, dtype=pl.Boolean)
+                names = open_archive(place, os.getpid())[1] if is_archive(place) else os.listdir(place or ".")
+                listed[place] = {unicodedata.normalize("NFC", n): n for n in names} | {n: n for n in names}
+        return listed[place]
+
+    for image in images:
+        place, mark, name = (image or "").partition("::")
+        if mark and (is_table(place) or "::" in name):
+            found.append(image)  # a cell of a table
+            continue
+        if not (mark and is_archive(place)):
+            place, name = os.path.split(image or "")
+        if name in names_in(place) and image:
+            found.append(image)
+            continue
+        name = unicodedata.normalize("NFC", (name if mark else image or "").replace("\\", "/"))
+        if mark:
+            name = names_in(place).get(name)
+            found.append(name and f"{place}::{name}")
+            continue
+        at = "/"
+        for part in Path(name).parts[1:]:
+            part = names_in(at).get(part)
+            at = part and os.path.join(at, part)
+            if not part:
+                break
+        found.append(at if name.startswith("/") else None)
+    return pl.Series("image", found, dtype=pl.String)
 
 
 def generate(prompts, store, args):
@@ -767,6 +1413,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("input")
     g.add_argument("--image-col", help=f"unset = the first of {', '.join(IMAGE_COLUMNS)}")
     g.add_argument("--prompt-col", help=f"unset = the first of {', '.join(PROMPT_COLUMNS)}")
+    g.add_argument("--limit", type=int, metavar="N", help="read only the first N rows of each INPUT, for a quick look")
     g.add_argument("--text-only", action="store_true", help="clean prompts that have no images")
     g = p.add_argument_group("rules, in the order of the funnel")
     g.add_argument("--min-words", type=int, default=5, help="drop shorter prompts")
@@ -806,6 +1453,8 @@ def check_args(args):
     for key in positive.split():
         if not getattr(args, key) > 0:
             sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be above 0")
+    if args.limit is not None and args.limit < 1:
+        sys.exit(f"--limit {args.limit}: must be above 0")
     if args.generate and args.text_only:
         sys.exit("--generate draws images and --text-only wants none; leave one of them out")
     if args.generate and not importlib.util.find_spec("diffusers"):
@@ -836,6 +1485,8 @@ def prepare_out(args, out, work):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         sys.exit(f"{path}: another clean.py is writing this folder; wait for it, or choose another --out")
+    except OSError as e:  # Lustre, some NFS
+        print(f"{path}: no locks on this file system ({reason(e)}); run one clean.py at a time", file=sys.stderr)
     if not args.overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         sys.exit(f"{out}: already there; choose another --out, or replace it with --overwrite")
     for path in (out, work, old):
@@ -849,7 +1500,7 @@ def prepare_out(args, out, work):
 
 
 def read_inputs(args, out):
-    """-> DataFrame of ROW, numbered by `row`; whether a row without image is no mistake."""
+    """-> DataFrame of ROW, numbered by `row`; Counter of what was not read; whether a row without image is no mistake."""
     inputs, need = args.input, ("prompt",) if args.text_only or args.generate else ("image", "prompt")
     if not inputs:
         sys.path.append(str(Path(__file__).absolute().parent / "tests"))
@@ -861,19 +1512,22 @@ def read_inputs(args, out):
     given, paths = ", ".join(map(str, inputs)), [Path(p).absolute() for p in inputs]
     names = [p.name if p.is_dir() else p.name.split(".")[0] for p in paths]
     names = [str(p) if names.count(n) > 1 else n for p, n in zip(inputs, names)]  # two sources of one name
-    rows = pl.concat([read_source(p, n, args.image_col, args.prompt_col, need) for p, n in zip(paths, names)])
+    left = Counter()
+    rows = pl.concat([read_source(p, n, args.image_col, args.prompt_col, need, args.limit, left)
+                      for p, n in zip(paths, names)])
     if not len(rows):
-        sys.exit(f"{given}: no image and no table there; give a table, folder, zip or tar")
+        there = f"; there are: {list_counts(left)}" if left else ""
+        sys.exit(f"{given}: no image and no table{there}; give a table, folder, zip or tar")
     sources = rows["source"].unique().sort()
     if wrong := set(args.holdout_source) - set(sources):
         sys.exit(f"--holdout-source {' '.join(wrong)}: no such source; there are: {', '.join(sources[:20])}")
     print(f"{len(rows):,} rows in {given}")
-    return rows.with_row_index("row").cast({"row": pl.Int64}), any(p.is_dir() or is_diffusiondb(p) for p in paths)
+    return rows.with_row_index("row").cast({"row": pl.Int64}), left, any(p.is_dir() or is_diffusiondb(p) for p in paths)
 
 
 class Funnel:  # the rows that are left, and those that each rule dropped
-    def __init__(self, rows):
-        self.rows, self.dropped = rows, []
+    def __init__(self, rows, unread=()):  # unread: a Counter, for the message when no prompt was found
+        self.rows, self.dropped, self.unread = rows, [], Counter(unread)
         self.left = rows.with_columns(kept=pl.lit(None, pl.Int64), cosine=pl.lit(None, pl.Float32))
         self.steps = [{"rule": "raw", "removed": 0, "left": len(rows)}]
 
@@ -884,6 +1538,10 @@ class Funnel:  # the rows that are left, and those that each rule dropped
         self.steps.append({"rule": rule, "removed": int(gone.sum()), "left": len(self.left)})
         if not len(self.left):
             counts = ", ".join(f"{s['rule']}: {s['removed']:,}" for s in self.steps if s["removed"])
+            if rule == "no prompt":
+                there = f"; not read: {list_counts(self.unread)}" if self.unread else ""
+                sys.exit(f"no row survives ({counts}): no prompt was found in a table, in .caption, .json or .txt files "
+                         f"beside the images, or in the images themselves{there}; see --prompt-col")
             sys.exit(f"no row survives ({counts}); loosen that rule; "
                      f"image paths are relative to the table, e.g. {self.rows['image'].drop_nulls().first()}")
 
@@ -961,8 +1619,8 @@ def main():
     lock = None if args.threshold_report else prepare_out(args, out, work)  # noqa: F841, held until main returns
 
     # every source in one table, and the rules that need nothing else
-    rows, partial = read_inputs(args, out)
-    funnel = Funnel(rows)
+    rows, unread, partial = read_inputs(args, out)
+    funnel = Funnel(rows, unread)
     if args.text_only:
         funnel.left = funnel.left.with_columns(image=pl.lit(None, pl.String))
     elif partial and not args.generate:
@@ -971,8 +1629,9 @@ def main():
     for name, rule in text_rules(args):
         funnel.drop(name, rule)
     if not args.text_only:
-        image = funnel.left["image"]
-        funnel.drop("image missing", absent(image) & (image.is_not_null() | (not args.generate)))
+        image, found = funnel.left["image"], find_images(funnel.left["image"])
+        funnel.left = funnel.left.with_columns(image=pl.coalesce(found, image))
+        funnel.drop("image missing", found.is_null() & (image.is_not_null() | (not args.generate)))
 
     # every distinct prompt once through the encoder
     excluded = [repair(read_table(p, None, args.prompt_col, ("prompt",))["prompt"]).drop_nulls() for p in args.exclude]

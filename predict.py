@@ -25,8 +25,8 @@ from PIL import ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from clean import (IMAGE_SUFFIXES, TABLE_SUFFIXES, BadImage, atomic, encode_cached, is_archive, make_parser, open_rgb,
-                   read_data, read_source, read_table, reason, sha256, top_k)
+from clean import (BadImage, atomic, encode_cached, find_images, is_archive, is_image, is_table, list_counts, make_parser,
+                   open_rgb, read_data, read_source, read_table, reason, sha256, top_k, walk)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
                    make_loader, pick_device, pick_precision, split_batches, to_square)
 
@@ -122,31 +122,39 @@ def find_rows(wanted, ids, what):
 
 # ----------------- the input
 
-def list_images(items, image_col=None, prompt_col=None):
+def list_images(items, image_col=None, prompt_col=None, limit=None):
     """Files, folders, archives, tables -> ids (file names without suffix; whole paths where these clash), sorted paths,
     prompts (None unless all are known)"""
-    found = {}  # path: prompt
+    found, names, left = {}, {}, Counter()  # path: prompt, path: file name
     for path in map(Path, items):
         if not path.exists():
             sys.exit(f"{path}: no such file or folder")
-        if path.is_dir():  # not as a table: names need not be text
-            found |= {str(p): None for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()}
-        elif is_archive(path) or path.suffix.lower() in TABLE_SUFFIXES:
-            table = read_source(path, None, image_col, prompt_col, ("image", "prompt") if prompt_col else ("image",))
-            if empty := table["image"].null_count():
-                sys.exit(f"{path}: {empty} of its {len(table)} rows name no image; drop them, or see --image-col")
-            found |= dict(table.select("image", "prompt").iter_rows())
-        else:
+        if not (path.is_dir() or is_archive(path) or is_table(path)):
             found[str(path)] = None
+            continue
+        need = "image", "name", *["prompt"] * bool(prompt_col)
+        table = read_source(path, None, image_col, prompt_col, need, limit, left)
+        table = table.with_columns(image=pl.coalesce(there := find_images(table["image"]), "image"))
+        if path.is_dir():  # rows without an image are none of its images
+            table = table.filter(there.is_not_null())
+            odd = [n for n in walk(path, Counter()) if is_image(n) and not n.isprintable()]  # names need not be text
+            found |= {f"{path.absolute()}/{n}": None for n in odd[:limit]}
+        elif empty := table["image"].null_count():
+            sys.exit(f"{path}: {empty} of its {len(table)} rows name no image; drop them, or see --image-col")
+        found |= dict(table.select("image", "prompt").iter_rows())
+        names |= dict(table.filter(pl.col("name").is_not_null()).select("image", "name").iter_rows())
     if not found:
-        sys.exit(f"{', '.join(items)}: no images there")
+        there = f"; there are: {list_counts(left)}" if left else ""
+        sys.exit(f"{', '.join(items)}: no images there{there}")
     paths = sorted(found)
     texts = [os.fsencode(p).decode("utf-8", "replace") for p in paths]
-    stems = [Path(t.split("::")[-1]).stem for t in texts]
+    stems = [Path(names.get(p) or t.split("::")[-1]).stem for p, t in zip(paths, texts)]
     times, prompts = Counter(stems), [found[p] for p in paths]
     ids = [stem if times[stem] == 1 else text for stem, text in zip(stems, texts)]
     if len(set(ids)) < len(ids):
         sys.exit(f"{Counter(ids).most_common(1)[0][0]}: two images have this id; rename one")
+    if any(prompts) and not all(prompts):
+        print(f"{sum(map(bool, prompts)):,} of {len(paths):,} images have a prompt: no cosine", file=sys.stderr)
     return ids, paths, prompts if all(prompts) else None
 
 
@@ -393,6 +401,7 @@ def parse_args(argv=None):
     p.add_argument("--tta", type=int, default=1, help=f"views to average, the first N of: {', '.join(VIEWS)}")
     p.add_argument("--image-col", help="of tables; unset = image, path or the like")
     p.add_argument("--prompt-col", help="of tables, true prompts; unset = prompt, text or caption")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each source, for a quick look")
     g = p.add_argument_group("output")
     g.add_argument("--out", help="npz; unset = preds/RUN-PHASE[-images]-ttaN.npz, none for few images")
     g.add_argument("--submission", help="Kaggle CSV to write")
@@ -422,7 +431,7 @@ def check_args(args):
 def read_input(args, meta, device):
     """-> ids, paths, names in the report, and where known prompts, targets, groups"""
     if args.images:
-        ids, paths, prompts = list_images(args.images, args.image_col, args.prompt_col)
+        ids, paths, prompts = list_images(args.images, args.image_col, args.prompt_col, args.limit)
         targets = encode_cached(prompts, meta["text_model"]["name"], device) if prompts else None
         return ids, paths, ids, prompts, targets, None
     pairs, paths, targets, unchanged = read_validation(meta)
@@ -454,7 +463,7 @@ def main():
     model = TTAModel(checkpoint, args.precision, pick_device())
     meta = model.meta
     # what to write: of a few single images nothing
-    few = 0 < len(args.images) <= FEW and all(p.lower().endswith(IMAGE_SUFFIXES) for p in args.images)
+    few = 0 < len(args.images) <= FEW and all(is_image(p) for p in args.images)
     if not args.out and not few:
         run = "-".join(checkpoint.absolute().parts[-3:-1])
         args.out = f"preds/{run}{'-images' if args.images else ''}-tta{args.tta}.npz"
