@@ -603,12 +603,13 @@ def prompt_of(text):
     has none. Raises NoPrompt."""
     text = re.sub(r"^\s*(prompt|workflow):\s*(?=\{)", "", text.strip().removeprefix("\ufeff"), flags=re.I)
     if text[:1] in ("{", "["):
-        try:
-            return find_prompt(json.loads(text))
-        except (ValueError, RecursionError):  # "[castle] at night" and "{red|blue} car" are prose
-            if re.match(r'[{\[]\s*\{?\s*"[^"]*"\s*:', text):
-                raise NoPrompt("damaged JSON") from None
-    return NETWORKS.sub("", cut_settings(text)).strip()
+        with suppress(ValueError, RecursionError):  # "[castle] at night" and "{red|blue} car" are prose
+            text = json.loads(text)
+        if not isinstance(text, str):
+            return find_prompt(text)
+        if re.match(r'[{\[]\s*\{?\s*"[^"]*"\s*:', text):
+            raise NoPrompt("damaged JSON")
+    return NETWORKS.sub("", cut_settings(text)).strip() if re.search(r"\w", text) and text != "null" else ""
 
 
 def cut_settings(text):
@@ -694,7 +695,7 @@ def visit(nodes, link, steps):
     """-> class and inputs of a linked node. `steps` grows with each visit, so that no graph takes forever."""
     steps.append(link)
     node = nodes.get(str(link[0])) if is_link(link) else None
-    if not node or len(steps) > 1000:
+    if not node or len(steps) > 200:
         raise NoPrompt("ComfyUI graph with a loop" if node else "ComfyUI graph with a node missing")
     return str(node["class_type"]), node["inputs"]
 
@@ -742,8 +743,8 @@ def image_carriers(file):
     except Exception:  # decoders raise anything; the image is reported later
         return []
     found = [info.get(k) for k in ("parameters", "invokeai_metadata", "sd-metadata", "prompt")]
-    if dream := re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info.get("Dream", ""))):  # InvokeAI 1: a command line
-        found.append(dream[1] or dream[2])
+    dream = re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info.get("Dream", "")))  # InvokeAI 1: a command line
+    found.append(dream[1] or dream[2])
     found += [v for v in (info.get("Comment"), exif.get(0x010f), exif.get(0x0110)) if "{" in str(v)]
     if isinstance(comment, bytes):  # eight bytes name the encoding; the byte order of UTF-16 is anybody's guess
         code, comment = comment[:8], comment[8:]
@@ -768,7 +769,7 @@ def first_prompt(carriers, left):
         try:
             if carrier and (prompt := find_prompt(carrier)):
                 return prompt.encode("utf8", "replace").decode()  # JSON may hold half a surrogate pair
-        except NoPrompt as e:
+        except (NoPrompt, RecursionError) as e:
             why.append(f"image without a prompt: {e}")
     left.update(why[:1])
     return None
@@ -1012,9 +1013,10 @@ def read_parquet(path, image_col, prompt_col, need, limit):
             columns[what] = (cell.struct.field(field) if field else cell).cast(pl.String, strict=False)
         else:  # read when it is needed, a few rows at a time
             end = "" if column == pick_column(kinds, IMAGE_COLUMNS, "image") else f"::{column}"
-            columns[what] = pl.lit(f"{path}::") + pl.int_range(pl.len()).cast(pl.String) + pl.lit(end)
-            if "name" in need and "path" in kinds[column]:
-                columns["name"] = cell.struct.field("path")
+            row = pl.int_range(pl.len()).cast(pl.String)
+            columns[what] = pl.lit(f"{path}::") + row + pl.lit(end)
+            if "name" in need:
+                columns["name"] = pl.coalesce(cell.struct.field("path"), row) if "path" in kinds[column] else row
     extra = [c for c in ROW.keys() - columns.keys() if c in types and (types[c].is_numeric() or types[c] == pl.String)]
     return scan.select(*extra, **columns).slice(0, limit).collect(engine="streaming")
 
@@ -1025,6 +1027,13 @@ def json_lines(file):
         f.seek(0)
         whole = b"\0" in start or start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         yield from decode_text(f.read()).split("\n") if whole else map(decode_text, f)
+
+
+def load_json(text):
+    try:
+        return json.loads(text)
+    except ValueError:  # JSON Lines by the name of JSON
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def json_pairs(found):
@@ -1215,7 +1224,7 @@ def walk(place, left):
         for entry in entries:
             if entry.is_dir():
                 todo += [f"{inside}{entry.name}/"] * (not entry.name.startswith("."))
-                left["hidden folder"] += entry.name.startswith(".")
+                left.update(["hidden folder"] * entry.name.startswith("."))
             elif entry.is_file():
                 found.append(inside + entry.name)
             else:
@@ -1226,8 +1235,8 @@ def walk(place, left):
 def sidecar_keys(name, tar):
     """The names under which an image finds its sidecar: in tars (webdataset) a key ends at the first dot."""
     folder, _, base = unicodedata.normalize("NFC", name).rpartition("/")
-    keys = f"{folder}/{base}", f"{folder}/{os.path.splitext(base)[0]}", f"{folder}/{base.split('.')[0]}"
-    return keys if tar else keys[:2]
+    keys = (os.path.join(folder, b) for b in (base, os.path.splitext(base)[0], base.split(".")[0]))
+    return [*keys][:3 if tar else 2]
 
 
 def is_tags(text):
@@ -1246,7 +1255,7 @@ def read_sidecars(names, images, tar, read, left):
         keys = [k for k in (sidecar_keys(name, tar)[1:] if tar else sidecar_keys(name, tar)[1:2]) if k in owners]
         try:
             content = decode_text(read(name)) if keys or suffix.lower() == ".json" else None
-            content = json.loads(content) if suffix.lower() == ".json" else content
+            content = load_json(content) if suffix.lower() == ".json" else content
         except (*ARCHIVE_ERRORS, RecursionError):
             left[f"unreadable {suffix}"] += 1
             continue
@@ -1257,7 +1266,7 @@ def read_sidecars(names, images, tar, read, left):
             for record in json_pairs(content):
                 image = next((v for k, v in record.items() if k.lower() in IMAGE_COLUMNS), None)
                 if isinstance(image, str):
-                    keys.append(os.path.normpath(f"{folder}/{unicodedata.normalize('NFC', image)}"))
+                    keys.append(os.path.normpath(os.path.join(folder, unicodedata.normalize("NFC", image))))
                     table.setdefault(keys[-1], record)
         if not owners.intersection(keys):
             left[f"{suffix} beside no image"] += 1
@@ -1305,7 +1314,7 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None):
         if prefix + name not in listed:
             row = prefix + name, find(name, prefix + name)
             rows.append([v and v.encode("utf8", "replace").decode() for v in row])  # names need not be UTF-8
-    blank = table["prompt"].is_null() & table["image"].is_not_null()
+    blank = (table["prompt"].fill_null("").str.strip_chars() == "") & table["image"].is_not_null()
     found = [find(i.removeprefix(prefix), i) for i in table["image"].filter(blank)]
     table = table.with_columns(table["prompt"].scatter(blank.arg_true(), pl.Series(found, dtype=pl.String)))
     return pl.concat([table, as_rows(pl.DataFrame(rows, schema=["image", "prompt"], orient="row"), source)]).slice(0, limit)

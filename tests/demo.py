@@ -232,7 +232,7 @@ def draw_demo(folder, rows=5600, corrupted=800, seed=0):
     # every other kind by turns
     blank = "", "   ", "NaN", "null", "nan"
     foreign = ("一只红色的猫 坐在 蓝色 的 桌子 上 , 水彩 画", "рыжий кот сидит на синем столе у окна",
-               "قطة حمراء تجلس على طاولة زرقاء كبيرة", "🐱 🐶 🐭 🐹 🐰 🦊 🐻 🐼")
+               "قطة حمراء تجلس على طاولة زرقاء كبيرة", "a 🐱 and a 🐶 on a 🐭 🐹 🐰 🦊 🐻 🐼")
     bomb = struct.pack("<2sIIIIIIHH24x", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24)  # claims 60000 x 60000 pixels
     for i in range(corrupted * 3 // 8):
         prompt, image = next(images)

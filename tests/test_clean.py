@@ -226,9 +226,9 @@ def test_tables_and_sidecars_in_folders_and_archives(cleaned, tmp_path, how, whe
 
 CAT, LONG, DOG, MAN = "a red cat drinks tea", "a red cat drinks tea now", "a big dog eats cake", "a fat man sells books"
 RULES = {  # flags: prompts, the rule that drops each (None: it stays), and more columns
-    "": [(None, "blank"), ("  \t ", "blank"), ("NaN", "blank"), ("a red cat", "too short"), ("word " * 71, "too long"),
+    "": [(None, "no prompt"), ("  \t ", "blank"), ("NaN", "blank"), ("a red cat", "too short"), ("word " * 71, "too long"),
          ("a cat on a mat " + "1234567890" * 8, "too many tokens"), ("рыжий кот сидит на столе", "characters"),
-         ("1234 5678 !!! ... 90 90", "characters"), ("naïve façade über alles in señor's house", None),
+         ("1234 5678 !!! 1 ... 90 90", "characters"), ("all these words but one \ufffd", "undecodable"), ("naïve façade über alles in señor's house", None),
          ("50 % of all (red:1.2) [cats], 8k!! by the lake", None), ("one cat — so small — on a hill", None)],
     "--min-words 6": [(CAT, "too short"), (LONG, None)], "--max-words 5": [(LONG, "too long"), (CAT, None)],
     "--max-tokens 7": [(LONG, "too many tokens"), (CAT, None)],
@@ -242,9 +242,10 @@ RULES = {  # flags: prompts, the rule that drops each (None: it stays), and more
 
 
 @pytest.mark.parametrize("flags", RULES)
-def test_text_rules(cleaned, table, flags):
+def test_text_rules(cleaned, tmp_path, flags):
     rows = [{"prompt": p, **dict(*more)} for p, _, *more in RULES[flags]]
-    pairs, dropped, _ = cleaned(table(rows), "--text-only", *flags.split())
+    pl.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    pairs, dropped, _ = cleaned(tmp_path / "a.parquet", "--text-only", *flags.split())
     assert dropped["rule"].to_list() == [rule for _, rule, *_ in RULES[flags] if rule]
     assert pairs["prompt"].to_list() == [p for p, rule, *_ in RULES[flags] if not rule]
 
