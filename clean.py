@@ -155,7 +155,8 @@ def image_formats():
         with suppress(ImportError):
             module = importlib.import_module(plugin)
             getattr(module, "register_heif_opener", int)()
-    return {suffix: f for suffix, f in Image.registered_extensions().items() if f in Image.OPEN and f not in NOT_IMAGES}
+    known = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP", **Image.registered_extensions()}  # these are tried first
+    return {suffix: f for suffix, f in known.items() if f in Image.OPEN and f not in NOT_IMAGES}
 
 
 def is_image(path):
@@ -319,7 +320,7 @@ def to_srgb(image):
 
 
 def decode_image(file, max_pixels):
-    image = Image.open(file, formats=list(set(image_formats().values())))
+    image = Image.open(file, formats=[*dict.fromkeys(image_formats().values())])
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's convert clips at 255
@@ -737,8 +738,10 @@ def node_text(nodes, value, steps):
 def image_carriers(file):
     """The texts in an image's metadata that may hold its prompt: of PNG chunks, EXIF and XMP, in this order."""
     try:
-        image = Image.open(open_bytes(file), formats=list(set(image_formats().values())))
-        info, exif = image.info, image.getexif()
+        image = Image.open(open_bytes(file), formats=[*dict.fromkeys(image_formats().values())])
+        info, exif = image.info, Image.Exif()
+        if image.format != "PNG" or "exif" in info:  # Pillow would decode a PNG to look for it
+            exif = image.getexif()
         comment = exif.get_ifd(0x8769).get(0x9286, b"")
     except Exception:  # decoders raise anything; the image is reported later
         return []
@@ -1021,12 +1024,31 @@ def read_parquet(path, image_col, prompt_col, need, limit):
     return scan.select(*extra, **columns).slice(0, limit).collect(engine="streaming")
 
 
-def json_lines(file):
+def json_records(path):
+    """JSONL line by line, JSON as a whole -> (line, record); lines that hold no JSON object are counted."""
+    file, bad = open_bytes(path), []
     with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
         start = f.read(2)
         f.seek(0)
-        whole = b"\0" in start or start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        yield from decode_text(f.read()).split("\n") if whole else map(decode_text, f)
+        lines = f
+        if str(path).lower().endswith(".json") or start[:1] == b"[" or not start.isascii() or b"\0" in start:
+            lines = decode_text(f.read()).split("\n")
+            with suppress(ValueError):
+                yield from enumerate(json_pairs(json.loads("\n".join(lines))))
+                return
+        for n, line in enumerate(lines):
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError:
+                record = load_json(decode_text(line))
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                yield n, record
+            elif line.strip():
+                bad.append(n + 1)
+    if bad:
+        print(f"{path}: {len(bad):,} lines that are no JSON objects were skipped, first line {bad[0]}", file=sys.stderr)
 
 
 def load_json(text):
@@ -1051,108 +1073,96 @@ def json_pairs(found):
     return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
 
 
+def as_frame(rows, schema, limit):
+    """Rows of cells -> DataFrame, by the 100,000, because Python's lists take ten times the memory."""
+    rows, frames = itertools.islice(rows, limit), [pl.DataFrame(schema=schema)]
+    while batch := list(itertools.islice(rows, 100_000)):
+        columns = ([row[i] for row in batch] for i in range(len(schema)))
+        frames.append(pl.DataFrame({k: pl.Series(c, dtype=t, strict=False) for c, (k, t) in zip(columns, schema.items())}))
+    return pl.concat(frames)
+
+
 def read_json(path, image_col, prompt_col, need, limit):
-    """JSONL line by line, JSON as a whole -> as read_parquet. Lines that are no JSON objects are counted."""
-    names = {*IMAGE_COLUMNS, *PROMPT_COLUMNS, *ROW, image_col, prompt_col, (prompt_col or "").rpartition(".")[0]}
-    lines = json_lines(open_bytes(path))
-    start = next(lines, "")
-    lines, records, bad = itertools.chain([start], lines), [], []
-    if str(path).lower().endswith(".json") or start.strip().startswith("["):
-        text = "".join(line if line.endswith("\n") else f"{line}\n" for line in lines)
-        try:
-            lines, records = (), [*enumerate(json_pairs(json.loads(text)))][:limit]
-        except RecursionError:
-            raise BadTable("JSON too deep") from None
-        except ValueError:
-            lines = text.split("\n")
-    for n, line in enumerate(lines):
-        try:
-            record = json.loads(line) if line.strip() else {}
-        except (ValueError, RecursionError):
-            record = None
-        if record and isinstance(record, dict):
-            record = {k: v for k, v in record.items() if k in names or k.strip().lower() in names or n < 100}
-            for k in record.keys() & {*IMAGE_COLUMNS, image_col}:  # not all images in memory
-                record[k] = image_cell(record[k], path, n, k if k == image_col else "")
-            records.append((n, record))
-        elif record != {}:
-            bad.append(n + 1)
-        if len(records) == limit:
-            break
-    if bad:
-        print(f"{path}: {len(bad):,} lines that are no JSON objects were skipped, first line {bad[0]}", file=sys.stderr)
-    kinds = {}
-    for _, record in records:
-        for k, v in record.items():
-            kinds[k] = cell_kind(v) if kinds.get(k) in (None, "text") and first(v) is not None else kinds.get(k, "text")
+    """-> as read_parquet, of the needed keys only, so that the others may hold anything."""
+    records = json_records(path)
+    start = list(itertools.islice(records, 1000))
+    kinds = {k: "text" for _, r in start for k in r}
+    kinds |= {k: cell_kind(v) for _, r in reversed(start) for k, v in r.items() if first(v) is not None}
     if not kinds:
         raise BadTable("the table has no rows")
-    columns = {}
-    for what, wanted in (("image", image_col), ("prompt", prompt_col)):
-        column, field = find_column(kinds, what, wanted, need)
-        cells = [first(record.get(column)) for _, record in records]
-        if what == "image":
-            cells = [image_cell(v, path, n, column if column == image_col else "") for v, (n, _) in zip(cells, records)]
-        cells = [v.get(field) if field and isinstance(v, dict) else v for v in cells]
-        columns[what] = pl.Series([v if isinstance(v, str) else None for v in cells], dtype=pl.String)
-    for k in ROW.keys() & kinds.keys() - columns.keys():
-        kind = str if ROW[k] == pl.String else (int, float)
-        cells = [v if isinstance(v := r.get(k), kind) and abs(v if kind != str else 0) < 1e9 else None for _, r in records]
-        columns[k] = pl.Series(cells, dtype=pl.String if kind is str else pl.Float64, strict=False)
-    return pl.DataFrame(columns)
+    (image, _), (prompt, field) = (find_column(kinds, *a, need) for a in (("image", image_col), ("prompt", prompt_col)))
+    schema = {"image": pl.String, "prompt": pl.String}
+    schema |= {k: pl.String if t == pl.String else pl.Float64 for k, t in ROW.items() if k in kinds and k not in schema}
+    end = f"::{image}" if image == image_col and image else ""
+
+    def cells(n, record):
+        prompt_cell = first(record.get(prompt))
+        prompt_cell = prompt_cell.get(field) if field and isinstance(prompt_cell, dict) else prompt_cell
+        found = [image_cell(record.get(image), f"{path}::{n}{end}"), prompt_cell, *map(record.get, [*schema][2:])]
+        return [v if isinstance(v, str) == (t == pl.String) else None for v, t in zip(found, schema.values())]
+    return as_frame((cells(*r) for r in itertools.chain(start, records)), schema, limit)
 
 
-def image_cell(value, path, row, column):
-    """A JSON value -> a path, or the locator of the image in it."""
+def image_cell(value, locator):
+    """A JSON value -> a path, or the locator if the image is in it."""
     value = first(value)
-    embedded = value.get("bytes") if isinstance(value, dict) else value
-    if isinstance(embedded, str) and (len(embedded) > 1000 or embedded.startswith("data:image") or embedded is not value):
-        return f"{path}::{row}" + (f"::{column}" if column else "")
-    return value.get("path") if isinstance(value, dict) and "path" in value else value
+    value, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
+    path = path if isinstance(path, str) else None
+    return locator if value or path and (len(path) > 1000 or path.startswith("data:image")) else path
+
+
+def csv_reader(data, separator, **dialect):
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8", "cp1252", newline="")
+    return filter(None, csv.reader(text, delimiter=separator, **dialect))  # no blank lines
+
+
+def sniff_csv(data, known, separators):
+    """-> the separator and dialect that csv.reader needs. A file whose rows are all as long as its header has been
+    understood; else csv.reader's defaults stand."""
+    start = data.lstrip()[:1 << 20]
+    headers = {s: [c.strip().lower() for c in next(csv_reader(start, s), [])] for s in separators}
+    separator = max(headers, key=lambda s: (len(known.intersection(headers[s])), len(headers[s])))
+    dialects, unclosed = [{"strict": True}, {"skipinitialspace": True}] * (b'"' in data), separator == "\t"
+    if b'\\"' in data or f"\\{separator}".encode() in data:
+        dialects.insert(1, {"escapechar": "\\"})
+    for dialect in dialects:
+        try:
+            if len({len(row) for row in csv_reader(data, separator, **{"strict": True, **dialect})}) == 1:
+                return separator, dialect
+        except csv.Error as e:
+            unclosed |= "unexpected end" in str(e)
+    plain = {"quoting": csv.QUOTE_NONE}  # a quotation mark is a character like others
+    return separator, plain if unclosed and len({len(row) for row in csv_reader(data, separator, **plain)}) == 1 else {}
 
 
 def read_csv(path, image_col, prompt_col, need, limit):
     """CSV as Python's csv module reads it, also with another separator or escapes -> as read_parquet."""
-    file = open_bytes(path)
-    text = decode_text(file.read() if hasattr(file, "read") else Path(file).read_bytes())
+    file, bad = open_bytes(path), []
+    data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+    if b"\0" in data[:2] or not data[:2].isascii():
+        data = decode_text(data).encode()
     csv.field_size_limit(1 << 30)
-    start = text[:1 << 20].lstrip("\r\n").splitlines()[:1]
-    known, headers = {*IMAGE_COLUMNS, *PROMPT_COLUMNS, image_col, prompt_col}, {}
-    for separator in ("\t,;|" if str(path).lower().endswith(".tsv") else ",\t;|"):
-        header = next(csv.reader(start, delimiter=separator), [])
-        headers[separator] = len({c.strip().lower() for c in header} & known), len(header)
-    separator = max(headers, key=headers.get)
-    # a file whose rows are all as long as its header has been understood; else csv.reader's defaults stand
-    dialects = [{"strict": True}, {"strict": True, "escapechar": "\\"}, {"strict": True, "skipinitialspace": True}]
-    dialects, unclosed = dialects if '"' in text or "\\" in text else [], False
-    for dialect in [*dialects, {"quoting": csv.QUOTE_NONE}, {}]:
-        if "quoting" in dialect and not (unclosed or separator == "\t"):
-            continue
-        try:
-            reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, **dialect)
-            if not dialect or len({len(row) for row in reader if row}) == 1:
-                break
-        except csv.Error as e:
-            unclosed |= "unexpected end" in str(e)
-    reader = filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator, **dialect))
+    known = {*IMAGE_COLUMNS, *PROMPT_COLUMNS, image_col, prompt_col}
+    separator, dialect = sniff_csv(data, known, "\t,;|" if str(path).lower().endswith(".tsv") else ",\t;|")
+    reader = csv_reader(data, separator, **dialect)
     header = next(reader, [])
-    kinds = dict.fromkeys(header, "text")
     if not header:
         raise BadTable("the table has no rows")
-    wanted = {what: find_column(kinds, what, name, need)[0] for what, name in (("image", image_col), ("prompt", prompt_col))}
-    wanted |= {k: k for k in ROW if k in kinds and k not in wanted}
-    at, rows, bad = {k: header.index(c) for k, c in wanted.items() if c is not None}, [], []
-    for n, row in enumerate(reader, 2):
-        if any(cell.strip() for cell in row[len(header):]):  # a separator in an unquoted prompt?
-            bad.append(n)
-        else:
-            rows.append([row[i] if i < len(row) else None for i in at.values()])
-        if len(rows) == limit:
-            break
+    kinds = dict.fromkeys(header, "text")
+    at = {"image": find_column(kinds, "image", image_col, need)[0], "prompt": find_column(kinds, "prompt", prompt_col, need)[0]}
+    at = {k: header.index(c) for k, c in ({k: k for k in ROW if k in kinds} | at).items() if c is not None}
+
+    def cells():
+        for n, row in enumerate(reader, 2):
+            if any(map(str.strip, row[len(header):])):
+                bad.append(n)
+            else:
+                yield [row[i] if i < len(row) else None for i in at.values()]
+    table = as_frame(cells(), dict.fromkeys(at, pl.String), limit)
     if bad:
         print(f"{path}: {len(bad):,} rows with more cells than the header were skipped, first row {bad[0]}; "
               "quote cells that hold a separator", file=sys.stderr)
-    return pl.DataFrame(rows, schema=dict.fromkeys(at, pl.String), orient="row")
+    return table
 
 
 def scan_table(path, image_col=None, prompt_col=None, need=("image", "prompt"), source=None, limit=None):
@@ -1350,7 +1360,7 @@ def list_counts(counts):
 def find_images(images):
     """Series of paths, locators and nulls -> the same, as they are on disk, and null where missing: Windows separators and
     other Unicode forms are tried where there is no such name. Lists each folder and archive once."""
-    listed, found = {}, []
+    listed, folders, found = {}, {"": "", "/": "/"}, []
 
     def names_in(place):  # {name in NFC, and as it is: name}
         if place not in listed:
@@ -1360,28 +1370,27 @@ def find_images(images):
                 listed[place] = {unicodedata.normalize("NFC", n): n for n in names} | {n: n for n in names}
         return listed[place]
 
+    def on_disk(folder):  # a path in NFC with forward slashes -> the folder of that name, or None
+        if folder not in folders:
+            parent, name = os.path.split(folder)
+            place = on_disk(parent)
+            name = name if name in (".", "..") else names_in(place).get(name) if place else None
+            folders[folder] = name and os.path.join(place, name)
+        return folders[folder]
+
     for image in images:
         place, mark, name = (image or "").partition("::")
-        if mark and (is_table(place) or "::" in name):
-            found.append(image)  # a cell of a table
-            continue
-        if not (mark and is_archive(place)):
-            place, name = os.path.split(image or "")
-        if name in names_in(place) and image:
+        if not image or mark and (is_table(place) or "::" in name):  # a cell of a table
             found.append(image)
             continue
-        name = unicodedata.normalize("NFC", (name if mark else image or "").replace("\\", "/"))
-        if mark:
-            name = names_in(place).get(name)
-            found.append(name and f"{place}::{name}")
-            continue
-        at = "/"
-        for part in Path(name).parts[1:]:
-            part = names_in(at).get(part)
-            at = part and os.path.join(at, part)
-            if not part:
-                break
-        found.append(at if name.startswith("/") else None)
+        inside = mark and is_archive(place)
+        place, name = (place, name) if inside else os.path.split(image)
+        if name not in names_in(place):
+            name = unicodedata.normalize("NFC", name if inside else image).replace("\\", "/")
+            place, name = (place, name) if inside else os.path.split(name)
+            place = place if inside else on_disk(place)
+            name = names_in(place).get(name) if place else None
+        found.append(name and (f"{place}::{name}" if inside else os.path.join(place, name)))
     return pl.Series("image", found, dtype=pl.String)
 
 
