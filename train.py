@@ -117,7 +117,7 @@ def load_visual(visual, weights, path):
     own = visual.state_dict()
     for k in ("positional_embedding", "attnpool.positional_embedding"):  # (1 + side ** 2, width), of ViT and ResNet
         if k in own and k in state and math.isqrt(old := len(state[k]) - 1) ** 2 == old:
-            state[k] = resample_abs_pos_embed(state[k][None], [math.isqrt(len(own[k]) - 1)] * 2)[0]
+            state[k] = resample_abs_pos_embed(state[k][None].float(), [math.isqrt(len(own[k]) - 1)] * 2)[0]
     has, needs = ({k: tuple(v.shape) for k, v in s.items() if "num_batches" not in k} for s in (state, own))
     if wrong := sorted(dict(has.items() ^ needs.items())):
         sys.exit(f"--pretrained {path}: {len(wrong)} weights do not fit the model, first {wrong[0]}: in the file "
@@ -337,8 +337,8 @@ def load_meta(path):
         with safe_open(path, "pt") as f:
             meta = json.loads(f.metadata()["config"])
         spec = meta["backbone"]
-        if (not opens_files(spec) and meta["format"] == FORMAT and meta["head"] in HEADS and meta["text_model"]["name"].strip()
-                and 8 <= spec["image_size"] <= 2048 and 1 <= meta["dim"] <= 4096
+        if (not opens_files(spec) and meta["format"] == FORMAT and meta["head"] in HEADS
+                and meta["text_model"]["name"].strip() and 8 <= spec["image_size"] <= 2048 and 1 <= meta["dim"] <= 4096
                 and len(spec["mean"]) == len(spec["std"]) == 3
                 and 0 <= spec.get("fill_color", 0) <= 255):
             return meta
@@ -1026,7 +1026,8 @@ def main():
     run = SimpleNamespace(args=args, data=data, phase=phase, meta=meta, device=device, rank=rank, world=world,
                           images=ImageDataset(data.paths, spec))
     if rank == 0:
-        gelu = {True: ", QuickGELU", False: ", no QuickGELU"}.get(spec.get("quick_gelu"), "")
+        vit = isinstance(spec.get("config", {}).get("vision_cfg", {}).get("layers"), int)  # open_clip's own
+        gelu = ", QuickGELU" if spec.get("quick_gelu") else ", GELU" if vit else ""
         mean, std = (" ".join(f"{x:.3g}" for x in spec[k]) for k in ("mean", "std"))
         print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{gelu}), {spec['image_size']} px, "
               f"mean {mean}, std {std}, {spec['resize_mode']}, "
