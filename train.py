@@ -178,10 +178,11 @@ def read_torchscript(archive):
 def unknown_model(name):
     import open_clip
     import timm
-    known = open_clip.list_models() + [f"timm:{n}" for n in timm.list_models() + timm.list_pretrained()]
-    close = difflib.get_close_matches(name.replace("/", "-"), known, 1)
+    names = open_clip.list_models() + [f"timm:{n}" for n in timm.list_models() + timm.list_pretrained()]
+    known = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower().replace("/", "-"), known, 1)
     sys.exit(f"--model {name}: not one of open_clip.list_models(), timm:NAME, a .json, local-dir:PATH, or "
-             f"hf-hub:ORG/NAME{f'; did you mean {close[0]}?' if close else ''}")
+             f"hf-hub:ORG/NAME{f'; did you mean {known[close[0]]}?' if close else ''}")
 
 
 def find_clip(name, tag, file):
@@ -213,25 +214,25 @@ def find_clip(name, tag, file):
 
 def make_backbone(args):
     """Command line -> (pretrained backbone, spec: how to build it again, and the transform of its weights)."""
-    name, tag = args.model, None if args.pretrained == "none" else args.pretrained
-    size, kwargs = args.image_size, dict(args.model_kwargs)
-    spec = {"model": name, "pretrained": args.pretrained, "kwargs": kwargs, "image_size": size}
-    file = tag if tag and Path(tag).is_file() else None
+    name, size, chosen = args.model, args.image_size, args.pretrained or "openai"
     if name.startswith("timm:"):
         import timm
         if name[5:] not in timm.list_models() + timm.list_pretrained():
             unknown_model(name)
-        if args.pretrained is None:
-            own = timm.get_pretrained_cfg(name[5:])
-            tag = spec["pretrained"] = own.has_weights and own.tag
-            if not tag:
-                sys.exit(f"--model {name}: timm has no weights of it; add --pretrained none, or a weights file")
-    else:
+        own = timm.get_pretrained_cfg(name[5:])
+        chosen = args.pretrained or own.has_weights and own.tag
+        if not chosen:
+            sys.exit(f"--model {name}: timm has no weights of it; add --pretrained none, or a weights file")
+    tag = None if chosen == "none" else chosen
+    file = tag if tag and Path(tag).is_file() else None
+    spec = {"model": name, "pretrained": chosen, "kwargs": dict(args.model_kwargs), "image_size": size}
+    if not name.startswith("timm:"):
         try:
             config, known, file = find_clip(name, tag, file)
             spec["config"] = {k: config[k] for k in ("embed_dim", "vision_cfg")}
         except Exception as e:  # the hub, and somebody's JSON
-            sys.exit(f"--model {name}, --pretrained {args.pretrained}: cannot be found or read ({reason(e)})")
+            what = name if ":" in name else f"{name} --pretrained {chosen}"
+            sys.exit(f"--model {what}: cannot be found or read ({reason(e)})")
         if tag and not file:
             import open_clip
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
@@ -970,8 +971,6 @@ def check_settings(args, begin):
     known = DEFAULTS[args.phase] | {k: v for k, v in advice.get(args.phase, {}).items() if k in ("lr", "epochs")}
     if not begin:
         known |= {"model": "ViT-L-14", "head": "linear"}
-        if not (args.model or advice.get("model", "")).startswith("timm:"):  # those have a tag of their own
-            known["pretrained"] = "openai"
         known |= {k: advice[k] for k in ("model", "pretrained", "image_size") if k in advice}
     for key, value in known.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
