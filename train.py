@@ -63,9 +63,6 @@ RANGES = (  # low, high, flags
     (1, 1e12, "epochs accum_freq log_every"), (2, 1e12, "batch_size"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # ft finishes its step, saves and exits
 OPENS_FILES = ("pretrained", "checkpoint", "cache")  # how timm's arguments begin that open files or the hub
-OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711),
-          "interpolation": "bicubic"}  # what open_clip takes where no tag says otherwise
-WRAPPERS = r"^((module|_orig_mod)\.)+"  # what DistributedDataParallel and torch.compile put before names
 STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
             "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
 COLUMN = {"raw": "cosine", "ema": "cosine_ema"}  # of metrics.jsonl, after the split
@@ -116,8 +113,9 @@ def load_visual(visual, weights, path):
     state = {k: v for k, v in state.items() if not k.startswith(("proj", "head.proj", "head.mlp"))}
     own = visual.state_dict()
     for k in ("positional_embedding", "attnpool.positional_embedding"):  # (1 + side ** 2, width), of ViT and ResNet
-        if k in own and k in state and math.isqrt(old := len(state[k]) - 1) ** 2 == old:
-            state[k] = resample_abs_pos_embed(state[k][None].float(), [math.isqrt(len(own[k]) - 1)] * 2)[0]
+        old = state.get(k, torch.empty(0))
+        if k in own and old.shape[1:] == own[k].shape[1:] and math.isqrt(len(old) - 1) ** 2 == len(old) - 1:
+            state[k] = resample_abs_pos_embed(old[None].float(), [math.isqrt(len(own[k]) - 1)] * 2)[0]
     has, needs = ({k: tuple(v.shape) for k, v in s.items() if "num_batches" not in k} for s in (state, own))
     if wrong := sorted(dict(has.items() ^ needs.items())):
         sys.exit(f"--pretrained {path}: {len(wrong)} weights do not fit the model, first {wrong[0]}: in the file "
@@ -136,7 +134,8 @@ def read_weights(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
         while inner := [state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)]:
             state = inner[0]
-        state = {re.sub(WRAPPERS, "", k): v for k, v in state.items() if torch.is_tensor(v)}
+        # without what DistributedDataParallel and torch.compile put before names
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as e:  # decoders, of somebody's file
         sys.exit(f"--pretrained {path}: not a weights file that can be read ({reason(e)})")
     return state or sys.exit(f"--pretrained {path}: holds no weights by name")
@@ -146,11 +145,11 @@ def read_torchscript(archive):
     """What OpenAI publishes, as a ZipFile -> {dotted name: tensor}. torch.jit.load would run its code; here its classes
     are stubs that keep their attributes, and the pickle can call nothing but what is in `allowed`."""
     stub, root = type("Stub", (), {}), next(n[:-4] for n in archive.namelist() if n.endswith("/data.pkl"))
-    allowed = {("torch", f"{name}Storage"): dtype for name, dtype in STORAGES.items()}
-    allowed |= {("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")}
-    # unlike torch's own rebuilding, as_strided neither reads nor grows beyond the storage
-    allowed |= {("torch._utils", "_rebuild_tensor_v2"): lambda x, at, size, stride, *_: x.as_strided(size, stride, at),
-                ("collections", "OrderedDict"): OrderedDict}
+    allowed = {("collections", "OrderedDict"): OrderedDict, ("torch.jit._pickle", "restore_type_tag"): lambda x, _: x,
+               # unlike torch's own rebuilding, as_strided neither reads nor grows beyond the storage
+               ("torch._utils", "_rebuild_tensor_v2"): lambda x, at, size, stride, *_: x.as_strided(size, stride, at),
+               **{("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")},
+               **{("torch", f"{kind}Storage"): dtype for kind, dtype in STORAGES.items()}}
 
     class Reader(pickle.Unpickler):
         def find_class(self, module, name):
@@ -227,6 +226,7 @@ def make_backbone(args):
     file = tag if tag and Path(tag).is_file() else None
     spec = {"model": name, "pretrained": chosen, "kwargs": dict(args.model_kwargs), "image_size": size}
     if not name.startswith("timm:"):
+        import open_clip
         try:
             config, known, file = find_clip(name, tag, file)
             spec["config"] = {k: config[k] for k in ("embed_dim", "vision_cfg")}
@@ -234,10 +234,10 @@ def make_backbone(args):
             what = name if ":" in name else f"{name} --pretrained {chosen}"
             sys.exit(f"--model {what}: cannot be found or read ({reason(e)})")
         if tag and not file:
-            import open_clip
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} (it has {tags})")
-        known = OPENAI | {k: v for k, v in known.items() if v is not None}
+        known = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
+                 **{k: v for k, v in known.items() if v is not None}}
         # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
         spec |= {"quick_gelu": known.get("quick_gelu") or config.get("quick_gelu", False) or args.force_quick_gelu,
                  "image_size": size or config["vision_cfg"].get("image_size", 224)}
