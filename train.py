@@ -11,6 +11,8 @@ import argparse
 import atexit
 import copy
 import ctypes
+import difflib
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -18,10 +20,14 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
+import re
 import resource
 import signal
 import sys
 import time
+import zipfile
+from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -57,23 +63,25 @@ RANGES = (  # low, high, flags
     (1, 1e12, "epochs accum_freq log_every"), (2, 1e12, "batch_size"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # ft finishes its step, saves and exits
 OPENS_FILES = ("pretrained", "checkpoint", "cache")  # how timm's arguments begin that open files or the hub
+STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
+            "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
 COLUMN = {"raw": "cosine", "ema": "cosine_ema"}  # of metrics.jsonl, after the split
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of any dimension
 
 
 # ------------------------------------------------------- backbones
 
-def build_backbone(spec, pretrained=None):
-    """spec -> backbone, random or with the weights of a tag or file: images (B, 3, S, S) -> features (B, D)."""
+def build_backbone(spec, weights=None):
+    """spec -> backbone: images (B, 3, S, S) -> features (B, D). weights: a state dict, a tag of timm's, or None."""
     name, size = spec["model"], spec["image_size"]
     if name.startswith("timm:"):
         import timm
-        name, kwargs = name[5:], {"num_classes": 0, "pretrained": bool(pretrained), **spec["kwargs"]}
-        state = read_weights(pretrained) if pretrained and Path(pretrained).is_file() else None
+        name, kwargs = name[5:], {"num_classes": 0, "pretrained": weights is not None, **spec["kwargs"]}
+        state = weights if isinstance(weights, dict) else {}
         if state:
             kwargs["pretrained_cfg_overlay"] = {"state_dict": dict(state)}
-        elif pretrained:
-            name = f"{name}.{pretrained}"
+        elif weights:
+            name = f"{name.split('.')[0]}.{weights}"
         try:
             backbone = timm.create_model(name, img_size=size, **kwargs)
         except TypeError:  # convolutional networks take any size and know no such argument
@@ -83,65 +91,184 @@ def build_backbone(spec, pretrained=None):
             raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
         return backbone
     import open_clip
-    gelu = spec["quick_gelu"]
-    if pretrained:
-        clip = open_clip.create_model(Path(name).stem, pretrained, force_quick_gelu=gelu, force_image_size=size)
-    else:
-        vision = {**spec["config"]["vision_cfg"], "image_size": size, "timm_model_pretrained": False}
-        text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # required, and thrown away
-        clip = open_clip.CLIP(spec["config"]["embed_dim"], vision, text, quick_gelu=gelu)
+    config = spec["config"]
+    vision = {**config["vision_cfg"], "image_size": size, "timm_model_pretrained": False}
+    text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # required, and thrown away
+    clip = open_clip.CLIP(config["embed_dim"], vision, text, quick_gelu=spec["quick_gelu"])
     clip.visual.proj, clip.visual.output_tokens = None, False  # features before the contrastive projection
     for part in ("drop", "proj", "mlp"):  # where open_clip wraps a timm backbone; its head may pool, too
         if hasattr(getattr(clip.visual, "head", None), part):
             delattr(clip.visual.head, part)
+    if weights:
+        load_visual(clip.visual, open_clip.convert.convert_state_dict(clip, weights), spec["pretrained"])
+    if hasattr(clip.visual, "trunk") and size != config["vision_cfg"].get("image_size", 224):
+        clip.visual.set_input_size(size)  # timm builds, and so loads, at its own size
     return clip.visual
 
 
+def load_visual(visual, weights, path):
+    """Load the image encoder out of a CLIP state, all of it, or exit. Position embeddings are resized."""
+    from timm.layers import resample_abs_pos_embed
+    state = {k[7:]: v for k, v in weights.items() if k.startswith("visual.")} or weights  # without text weights
+    state = {k: v for k, v in state.items() if not k.startswith(("proj", "head.proj", "head.mlp"))}
+    own = visual.state_dict()
+    for k in ("positional_embedding", "attnpool.positional_embedding"):  # (1 + side ** 2, width), of ViT and ResNet
+        old = state.get(k, torch.empty(0))
+        if k in own and old.shape[1:] == own[k].shape[1:] and math.isqrt(len(old) - 1) ** 2 == len(old) - 1:
+            state[k] = resample_abs_pos_embed(old[None].float(), [math.isqrt(len(own[k]) - 1)] * 2)[0]
+    has, needs = ({k: tuple(v.shape) for k, v in s.items() if "num_batches" not in k} for s in (state, own))
+    if wrong := sorted(dict(has.items() ^ needs.items())):
+        sys.exit(f"--pretrained {path}: {len(wrong)} weights do not fit the model, first {wrong[0]}: in the file "
+                 f"{has.get(wrong[0], 'missing')}, in the model {needs.get(wrong[0], 'unknown')}")
+    visual.load_state_dict(state, strict=False)
+
+
 def read_weights(path):
-    """A safetensors or state-dict file -> {name: tensor}. Never unpickles code."""
-    if str(path).endswith(".safetensors"):
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
+    """A weights file (safetensors, state dict, TorchScript) -> {name: tensor}, or exits. Never unpickles code."""
+    try:
+        if str(path).endswith(".safetensors"):
+            state = load_file(path)
+        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            state = read_torchscript(zipfile.ZipFile(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        while inner := [state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)]:
+            state = inner[0]
+        # without what DistributedDataParallel and torch.compile put before names
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items() if torch.is_tensor(v)}
+    except Exception as e:  # decoders, of somebody's file
+        sys.exit(f"--pretrained {path}: not a weights file that can be read ({reason(e)})")
+    return state or sys.exit(f"--pretrained {path}: holds no weights by name")
+
+
+def read_torchscript(archive):
+    """What OpenAI publishes, as a ZipFile -> {dotted name: tensor}. torch.jit.load would run its code; here its classes
+    are stubs that keep their attributes, and the pickle can call nothing but what is in `allowed`."""
+    stub, root = type("Stub", (), {}), next(n[:-4] for n in archive.namelist() if n.endswith("/data.pkl"))
+    allowed = {("collections", "OrderedDict"): OrderedDict, ("torch.jit._pickle", "restore_type_tag"): lambda x, _: x,
+               # unlike torch's own rebuilding, as_strided neither reads nor grows beyond the storage
+               ("torch._utils", "_rebuild_tensor_v2"): lambda x, at, size, stride, *_: x.as_strided(size, stride, at),
+               **{("torch.jit._pickle", f"build_{kind}list"): list for kind in ("int", "double", "bool", "tensor")},
+               **{("torch", f"{kind}Storage"): dtype for kind, dtype in STORAGES.items()}}
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.split(".")[0] != "__torch__" and (module, name) not in allowed:
+                raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            return allowed.get((module, name), stub)
+
+        @functools.cache
+        def persistent_load(self, storage):
+            _, dtype, key, _, n = storage
+            info = archive.getinfo(f"{root}/{key}")
+            if not info.file_size == info.compress_size == n * dtype.itemsize:  # compressed, it could be a bomb
+                raise pickle.UnpicklingError(f"{info.filename} has another size")
+            return torch.frombuffer(bytearray(archive.read(info)), dtype=dtype) if n else torch.empty(0, dtype=dtype)
+
+    def tensors(module, prefix=""):
+        for name, value in vars(module).items():
+            if isinstance(value, stub):
+                yield from tensors(value, f"{prefix}{name}.")
+            elif torch.is_tensor(value):
+                yield prefix + name, value
+    return dict(tensors(Reader(archive.open(f"{root}.pkl")).load()))
+
+
+def unknown_model(name):
+    import open_clip
+    import timm
+    names = open_clip.list_models() + [f"timm:{n}" for n in timm.list_models() + timm.list_pretrained()]
+    known = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower().replace("/", "-"), known, 1)
+    sys.exit(f"--model {name}: not one of open_clip.list_models(), timm:NAME, a .json, local-dir:PATH, or "
+             f"hf-hub:ORG/NAME{f'; did you mean {known[close[0]]}?' if close else ''}")
+
+
+def find_clip(name, tag, file):
+    """Any --model but timm's, with a tag, weights file or neither -> its config, what is known of its transform and
+    activation, and its weights file or None. May download."""
+    import open_clip
+    kind, _, where = name.partition(":")
+    own = name.endswith(".json") and Path(name).is_file()  # your own architecture, in open_clip's format
+    if own or kind in ("local-dir", "hf-hub"):
+        path = Path(name) if own else Path(where, "open_clip_config.json")
+        if kind == "hf-hub":
+            from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+            from open_clip.pretrained import download_pretrained_from_hf as download
+            if not try_to_load_from_cache(where, path.name):  # without a network a download would try for long
+                get_hf_file_metadata(hf_hub_url(where, path.name))
+            path, file = Path(download(where, path.name)), file or tag and download(where)
+        elif tag and not file and not own:
+            files = [path.with_name(n) for n in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
+            file = files[not files[0].is_file()]
+        about = json.loads(path.read_text("utf-8"))
+        return about.get("model_cfg", about), about.get("preprocess_cfg", {}), file
+    config = open_clip.get_model_config(name) or unknown_model(name)
+    known = open_clip.get_pretrained_cfg(name, tag or "")
+    if known and not file:
+        return config, known, open_clip.download_pretrained(known)
+    tags = [open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)]
+    return config, {k: v for k, v in (tags or [{}])[0].items() if all(t.get(k) == v for t in tags)}, file
 
 
 def make_backbone(args):
-    """Command line -> (pretrained backbone, spec: how to build it again, and the transform of its pretrained tag)."""
-    name, tag = args.model, None if args.pretrained == "none" else args.pretrained
-    size, kwargs = args.image_size, dict(args.model_kwargs)
-    spec = {"model": name, "pretrained": args.pretrained, "kwargs": kwargs, "image_size": size}
+    """Command line -> (pretrained backbone, spec: how to build it again, and the transform of its weights)."""
+    name, size, chosen = args.model, args.image_size, args.pretrained or "openai"
     if name.startswith("timm:"):
         import timm
-        if not timm.is_model(name[5:]) or any(k.startswith(OPENS_FILES) for k in kwargs):
-            sys.exit(f"--model {name}: not one of timm.list_models(), or --model-kwargs would open files")
-    else:
+        if name[5:] not in timm.list_models() + timm.list_pretrained():
+            unknown_model(name)
+        own = timm.get_pretrained_cfg(name[5:])
+        chosen = args.pretrained or own.has_weights and own.tag
+        if not chosen:
+            sys.exit(f"--model {name}: timm has no weights of it; add --pretrained none, or a weights file")
+    tag = None if chosen == "none" else chosen
+    file = tag if tag and Path(tag).is_file() else None
+    spec = {"model": name, "pretrained": chosen, "kwargs": dict(args.model_kwargs), "image_size": size}
+    if not name.startswith("timm:"):
         import open_clip
-        if name.endswith(".json") and Path(name).is_file():  # your own architecture, in open_clip's format
-            open_clip.add_model_config(name)
-        config = open_clip.get_model_config(Path(name).stem)
-        if config is None:
-            sys.exit(f"--model {name}: not one of open_clip.list_models(), timm:NAME, or a .json file")
+        try:
+            config, known, file = find_clip(name, tag, file)
+            spec["config"] = {k: config[k] for k in ("embed_dim", "vision_cfg")}
+        except Exception as e:  # the hub, and somebody's JSON
+            what = name if ":" in name else f"{name} --pretrained {chosen}"
+            sys.exit(f"--model {what}: cannot be found or read ({reason(e)})")
+        if tag and not file:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} (it has {tags})")
         known = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
-                 **open_clip.get_pretrained_cfg(Path(name).stem, tag or "")}
+                 **{k: v for k, v in known.items() if v is not None}}
         # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
-        spec |= {"quick_gelu": known.get("quick_gelu", config.get("quick_gelu", False)) or args.force_quick_gelu,
-                 "image_size": size or config["vision_cfg"].get("image_size", 224),
-                 "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}}
+        spec |= {"quick_gelu": known.get("quick_gelu") or config.get("quick_gelu", False) or args.force_quick_gelu,
+                 "image_size": size or config["vision_cfg"].get("image_size", 224)}
+        if ":" in name:  # a checkpoint's name has none, and shows what was loaded
+            spec |= {"model": name.split(":")[-1], "pretrained": Path(file).name if file else "none"}
+    if opens_files(spec):
+        sys.exit(f"--model {name}: it, or its --model-kwargs, would open files or the hub")
     try:
-        backbone = build_backbone(spec, tag)
-    except Exception as e:  # the hub, and decoders of somebody's file, raise many kinds
-        if not tag:
+        backbone = build_backbone(spec, read_weights(file) if file else tag)
+    except Exception as e:  # timm downloads, and converts somebody's file
+        if not tag or not name.startswith("timm:"):
             raise
-        sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} that can be loaded ({reason(e)})")
+        why = " ".join(str(e).split())[:200]
+        sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} that can be loaded ({why})")
     if name.startswith("timm:"):
         known = timm.data.resolve_model_data_config(backbone)
         if tag and "quickgelu" not in name and "QuickGELU" in str(backbone.pretrained_cfg.get("notes")):
             sys.exit(f"--pretrained {tag}: needs QuickGELU; use --model {name.replace('clip_', 'clip_quickgelu_')}")
-    squash = "squash" in (known.get("resize_mode"), known.get("crop_mode"))  # open_clip's key, timm's
+    modes = {known.get("resize_mode"), known.get("crop_mode")}  # open_clip's key, timm's
     return backbone, spec | {
-        "mean": list(args.image_mean or known["mean"]), "std": list(args.image_std or known["std"]),
+        "mean": np.broadcast_to(args.image_mean or known["mean"], 3).tolist(),
+        "std": np.broadcast_to(args.image_std or known["std"], 3).tolist(),
         "image_size": spec["image_size"] or known["input_size"][-1], "interpolation": known["interpolation"],
-        "resize_mode": "squash" if squash else "shortest"}
+        "resize_mode": next((m for m in ("squash", "longest") if m in modes), "shortest"),
+        "fill_color": known.get("fill_color", 0)}
+
+
+def opens_files(spec):
+    """Would building it open files or reach the hub? As timm does for the names "hf-hub:a/b" and "local-dir:a"."""
+    inner = spec.get("config", {}).get("vision_cfg", {}).get("timm_model_name") or ""
+    return ":" in spec["model"].removeprefix("timm:") + inner or any(k.startswith(OPENS_FILES) for k in spec["kwargs"])
 
 
 # ----------------------------------------------------------- model
@@ -210,12 +337,11 @@ def load_meta(path):
     with suppress(SafetensorError, OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
         with safe_open(path, "pt") as f:
             meta = json.loads(f.metadata()["config"])
-        spec, vision = meta["backbone"], meta["backbone"].get("config", {}).get("vision_cfg", {})
-        names = [spec["model"].removeprefix("timm:"), vision.get("timm_model_name") or "", *spec["kwargs"]]
-        safe = not any(":" in n or n.startswith(OPENS_FILES) for n in names)  # as "hf-hub:a/b"
-        if (safe and meta["format"] == FORMAT and meta["head"] in HEADS and meta["text_model"]["name"].strip()
-                and 8 <= spec["image_size"] <= 2048 and 1 <= meta["dim"] <= 4096
-                and len(spec["mean"]) == len(spec["std"]) == 3):
+        spec = meta["backbone"]
+        if (not opens_files(spec) and meta["format"] == FORMAT and meta["head"] in HEADS
+                and meta["text_model"]["name"].strip() and 8 <= spec["image_size"] <= 2048 and 1 <= meta["dim"] <= 4096
+                and len(spec["mean"]) == len(spec["std"]) == 3
+                and 0 <= spec.get("fill_color", 0) <= 255):
             return meta
     sys.exit(f"{path}: not a readable checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}); train it again")
 
@@ -290,10 +416,16 @@ def load_data(folder, batch):
 
 
 def to_square(image, spec):
-    """The transform: RGB image -> uint8 tensor (3, S, S): short side to S, then the centre; or squashed."""
+    """The transform: RGB image -> uint8 tensor (3, S, S): squashed; or the long side to S, on a canvas; or the short
+    side to S, then the centre."""
     size, resample = spec["image_size"], getattr(Image.Resampling, spec["interpolation"].upper(), Image.BICUBIC)
     if spec["resize_mode"] == "squash":
         image = image.resize((size, size), resample)
+    elif spec["resize_mode"] == "longest":
+        scale, canvas = size / max(image.size), Image.new("RGB", (size, size), (int(spec.get("fill_color", 0)),) * 3)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], resample)
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        image = canvas
     elif image.size != (size, size):
         w, h = image.size
         if max(w, h) > 4 * min(w, h):  # a banner: enlarging what the crop throws away could take gigabytes
@@ -758,8 +890,8 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="ft: continue from last.pt, with its settings")
     add("--dry-run", action="store_true", help="ft: print learning rates by depth, time one step, write nothing")
     add = p.add_argument_group("model (ft takes it from its start)").add_argument
-    add("--model", help="open_clip name or .json, or timm:NAME; unset = as the data says (ViT-L-14)")
-    add("--pretrained", help="tag, weights file, or none; unset = as the data says (openai)")
+    add("--model", help="open_clip's, .json, hf-hub:, local-dir: or timm:NAME; unset = as the data says (ViT-L-14)")
+    add("--pretrained", help="tag, weights file, or none; unset = as the data says (openai; timm: its default)")
     add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="of the timm model")
     add("--force-quick-gelu", action="store_true", help="for OpenAI-style weights files, which have no tag")
     add("--image-size", type=int, help="pixels; unset = the backbone's own")
@@ -838,7 +970,7 @@ def check_settings(args, begin):
     advice = advice if model in (None, advice["model"]) else {}  # it is for one model
     known = DEFAULTS[args.phase] | {k: v for k, v in advice.get(args.phase, {}).items() if k in ("lr", "epochs")}
     if not begin:
-        known |= {"model": "ViT-L-14", "pretrained": "openai", "head": "linear"}
+        known |= {"model": "ViT-L-14", "head": "linear"}
         known |= {k: advice[k] for k in ("model", "pretrained", "image_size") if k in advice}
     for key, value in known.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
@@ -893,8 +1025,11 @@ def main():
     run = SimpleNamespace(args=args, data=data, phase=phase, meta=meta, device=device, rank=rank, world=world,
                           images=ImageDataset(data.paths, spec))
     if rank == 0:
-        gelu = ", QuickGELU" if spec.get("quick_gelu") else ""
+        vit = isinstance(spec.get("config", {}).get("vision_cfg", {}).get("layers"), int)  # open_clip's own
+        gelu = ", QuickGELU" if spec.get("quick_gelu") else ", GELU" if vit else ""
+        mean, std = (" ".join(f"{x:.3g}" for x in spec[k]) for k in ("mean", "std"))
         print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{gelu}), {spec['image_size']} px, "
+              f"mean {mean}, std {std}, {spec['resize_mode']}, "
               f"{model.meta['head']} head, {len(data.train):,} train rows, {args.epochs} epochs of "
               f"{len(data.train) // batch} steps of {batch} on {world} x {device.type}, {args.precision}", flush=True)
     try:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from unittest import mock
 
@@ -277,55 +278,78 @@ def test_two_processes_are_one(ft, flags, lp, tmp_path):
 
 
 def test_each_tag_has_its_own_transform(monkeypatch):
-    """And activation. (Models are mocked or without memory, because the weights are not here.)"""
+    """And activation; a file has what all tags agree on. No weights are here. The transform is that of open_clip."""
+    from open_clip.transform import image_transform as theirs
     from timm import create_model
     monkeypatch.setattr("timm.create_model", lambda name, **k: create_model(name, **{**k, "pretrained": False}))
-    monkeypatch.setattr("open_clip.create_model", clip := mock.Mock(**{"return_value.visual": build().backbone}))
+    for name in ("train.load_visual", "train.read_weights", "open_clip.download_pretrained"):
+        monkeypatch.setattr(name, lambda *_: {"a": 1})
 
-    def spec(model, tag):
+    def spec(model, *pretrained):
         with torch.device("meta"):
-            return train.make_backbone(train.parse_args(["--phase", "lp", "--model", model, "--pretrained", tag]))[1]
-    for model, tag, mean, size, mode in (
-            ("timm:tf_efficientnet_b0", "ns_jft_in1k", 0.485, 224, "shortest"),
-            ("timm:tf_efficientnet_b0", "ap_in1k", 0.5, 224, "shortest"),
-            ("timm:vit_base_patch32_clip_384", "openai_ft_in12k_in1k", 0.48145466, 384, "squash"),
-            ("ViT-B-16-SigLIP", "webli", 0.5, 224, "squash"), ("ViT-L-14", "openai", 0.48145466, 224, "shortest")):
-        found = spec(model, tag)
-        assert [found["mean"][0], found["image_size"], found["resize_mode"]] == [pytest.approx(mean), size, mode], model
-    assert found["quick_gelu"] and clip.call_args.kwargs["force_quick_gelu"], "the name alone says GELU, the tag knows"
-    assert not spec("ViT-L-14", "laion2b_s32b_b82k")["quick_gelu"]
+            return train.make_backbone(train.parse_args(["--phase", "lp", "--model", model, *pretrained]))[1]
+    for model, tag, *want in (
+            ("timm:tf_efficientnet_b0", "ap_in1k", 0.5, 224, "shortest", None),
+            ("timm:vit_base_patch32_clip_384", "openai_ft_in12k_in1k", 0.48, 384, "squash", None),
+            ("ViT-L-14", "openai", 0.48, 224, "shortest", True), ("ViT-L-14", TINY, 0.48, 224, "shortest", False),
+            ("ViT-L-14-336", TINY, 0.48, 336, "shortest", True), ("ViT-B-16-SigLIP", TINY, 0.5, 224, "squash", False),
+            ("ViT-B-16-SigLIP", "webli", 0.5, 224, "squash", False)):
+        found = spec(model, "--pretrained", tag)
+        assert [round(found["mean"][0], 2), *map(found.get, ("image_size", "resize_mode", "quick_gelu"))] == want, model
+    assert [spec(f"timm:resnet50{t}")["pretrained"] for t in ("", ".a2_in1k")] == ["a1_in1k", "a2_in1k"]
     with pytest.raises(SystemExit, match="timm:vit_base_patch32_clip_quickgelu_224"):
-        spec("timm:vit_base_patch32_clip_224", "openai")
-    spec, image = {"image_size": 32, "interpolation": "bilinear"}, Image.new("RGB", (96, 32), "white")
-    image.paste("black", (32, 0, 64, 32))
-    cut, squashed = (to_square(image, {**spec, "resize_mode": m}) for m in ("shortest", "squash"))
-    assert cut.shape == squashed.shape == (3, 32, 32) and cut.dtype == squashed.dtype == torch.uint8
-    assert not cut.any() and squashed[:, :, :8].min() == squashed[:, :, -8:].min() == 255 > squashed[:, :, 16].max()
-    assert to_square(Image.new("RGB", (60000, 1)), {**spec, "resize_mode": "shortest"}).shape == (3, 32, 32)
+        spec("timm:vit_base_patch32_clip_224", "--pretrained", "openai")
+    for mode, (w, h) in itertools.product(("shortest", "squash", "longest"), ((96, 32), (31, 97), (40, 40), (20, 30))):
+        image = Image.fromarray(np.random.default_rng(w).integers(0, 256, (h, w, 3), np.uint8))
+        spec = {"image_size": 32, "interpolation": "bilinear", "resize_mode": mode, "fill_color": 7}
+        assert_equal(to_square(image, spec) / 255, theirs(32, False, (0,) * 3, (1,) * 3, mode, "bilinear", 7)(image))
+        assert to_square(Image.new("RGB", (60000, 1)), spec).dtype == torch.uint8
 
 
-def test_weights_files(flags, tmp_path):
-    """Two formats, two libraries. A file does not record its activation function: --force-quick-gelu sets it."""
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+def test_weights_files(flags, tmp_path, monkeypatch):
+    """Three formats, two libraries, wrapped in any way; folders and repositories. --force-quick-gelu is for files."""
     import open_clip
-    open_clip.add_model_config(TINY)
-    clip, vit = open_clip.create_model("tiny").state_dict(), build("timm:test_vit").backbone.state_dict()
-    torch.save(clip, tmp_path / "clip.pt")
-    save_file(vit, tmp_path / "vit.safetensors")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in vit.items()}}, tmp_path / "vit.pt")
-    save_file({k: v for k, v in vit.items() if k != "norm.weight"}, tmp_path / "less.safetensors")
+    tower, vit = build().backbone.half(), build("timm:test_vit").backbone.state_dict()
+    tiny = {k: v.float() for k, v in tower.state_dict().items()}
+    clip = {f"visual.{k}": v for k, v in tiny.items()}
+    torch.jit.trace(tower, torch.zeros(1, 3, 32, 32).half(), check_trace=False).save(tmp_path / "jit.pt")
+    for name, state in (("vit", {f"_orig_mod.module.{k}" if "norm" in k else k: v for k, v in vit.items()}),
+                        ("clip", clip), ("odd", clip | {"visual.more": torch.ones(1)}),
+                        ("less", dict([*vit.items()][:-1])), ("less_clip", dict([*clip.items()][1:]))):
+        save_file(state, tmp_path / f"{name}.safetensors")
     (tmp_path / "evil.pt").write_bytes(PICKLE)
-    flags, outputs, timm = [*LP, *flags, "--epochs", 1, "--image-size", 32], [], ["--model", "timm:test_vit"]
-    quick = ["--force-quick-gelu"]
-    for name, more in (("clip.pt", []), ("clip.pt", quick), ("vit.safetensors", timm), ("vit.pt", timm)):
-        said = run(*flags, "--pretrained", tmp_path / name, *more, "--overwrite", "--out", tmp_path)
-        model, meta = load_model(tmp_path)
-        assert ("QuickGELU" in said) == bool(meta["backbone"].get("quick_gelu")) == (more == quick)
-        wanted = vit if more == timm else {k[7:]: v for k, v in clip.items() if k.startswith("visual.")}
-        assert all(torch.equal(v, wanted[k]) for k, v in model.backbone.state_dict().items())
+    for name, member, content in (("evil_jit", "data.pkl", PICKLE), ("short", "data/0", b"")):
+        with zipfile.ZipFile(shutil.copy(tmp_path / "jit.pt", tmp_path / f"{name}.pt"), "a") as z:
+            z.writestr(f"jit/{member}", content)  # the last of a name counts
+    about = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "resize_mode": "longest", "fill_color": 7}
+    (folder := tmp_path / "models--a--b/snapshots/abc").mkdir(parents=True)  # the hub's cache
+    (tmp_path / "models--a--b/refs").mkdir()
+    (tmp_path / "models--a--b/refs/main").write_text("abc")
+    config = {"model_cfg": json.load(open(TINY)) | {"quick_gelu": True}, "preprocess_cfg": about}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    state = {f"module.{k}": v for k, v in clip.items()} | {"logit_scale": torch.ones(1), "visual.proj": torch.ones(1)}
+    torch.save({"model": {"state_dict": state}}, folder / "open_clip_pytorch_model.bin")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    args, outputs, timm = [*LP, *flags, "--epochs", 1, "--image-size", 32], [], ["--model", "timm:test_vit"]
+    local, hub, quick = ["--model", f"local-dir:{folder}"], ["--model", "hf-hub:a/b"], ["--force-quick-gelu"]
+    for name, more in (("clip.safetensors", []), ("jit.pt", quick), ("-", local), ("-", hub), ("jit.pt", local),
+                       ("vit.safetensors", timm)):
+        said = run(*args, "--pretrained", tmp_path / name, *more, "--overwrite", "--out", tmp_path)
+        model = load_model(tmp_path)[0]
+        assert ("QuickGELU" in said) == bool(model.spec.get("quick_gelu")) == (more in (quick, local, hub))
+        assert more not in (local, hub) or model.spec | about == model.spec and "std 0.1 0.2 0.3, longest" in said
+        assert_equal(model.backbone.state_dict(), vit if more == timm else tiny)
         outputs.append(model.backbone(torch.ones(1, 3, 32, 32)))
-    assert not torch.allclose(outputs[0], outputs[1], atol=1e-4) and torch.equal(outputs[2], outputs[3])
-    for name, word in (("less.safetensors", "norm.weight"), ("evil.pt", "eights"), ("gone.pt", "neither a weights")):
-        assert word in run(*flags, *timm, "--pretrained", tmp_path / name, "--out", tmp_path / "x", code=1)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-4) and torch.equal(outputs[1], outputs[2])
+    larger = train.make_backbone(train.parse_args([*LP, "--image-size", "64", "--pretrained", f"{tmp_path}/jit.pt"]))[0]
+    open_clip.model.resize_pos_embed(clip, mock.Mock(visual=larger))
+    assert_equal(larger.positional_embedding.data, clip["visual.positional_embedding"])
+    for name, more, word in (
+            ("less.safetensors", timm, "norm.bias"), ("evil.pt", timm, "eights"), ("gone.pt", timm, "neither a weigh"),
+            ("less_clip.safetensors", [], "first class_embedding: in the file missing"), ("evil_jit.pt", [], ".print"),
+            ("odd.safetensors", [], "t more"), ("short.pt", [], "size"), ("-", ["--model", "hf-hub:x/y"], "offline")):
+        assert word in run(*args, "--pretrained", tmp_path / name, *more, "--out", tmp_path / "x", code=1)
 
 
 @pytest.mark.parametrize("model, blocks", [(TINY, ["transformer.resblocks.0.", "transformer.resblocks.1."]),
@@ -478,7 +502,7 @@ def test_damaged_and_hostile_checkpoints(lp, tmp_path):
     hub = {**spec["config"], "vision_cfg": {**spec["config"]["vision_cfg"], "timm_model_name": "hf-hub:a/b"}}
     specs = ({"model": 7}, {"mean": [1]}, {"image_size": 10 ** 9}, {"image_size": 64}, {"model": "timm:hf-hub:a/b"},
              {"model": "timm:local-dir:/tmp"}, {"config": hub}, {"model": "timm:resnet50", "kwargs": {"cache_dir": 1}},
-             {"model": "timm:test_vit", "kwargs": {"checkpoint_path": "x"}})
+             {"model": "timm:test_vit", "kwargs": {"checkpoint_path": "x"}}, {"fill_color": 256})
     metas = ({"format": 99}, {"text_model": "x"}, {"dim": 100}, {"dim": 10 ** 9}, {"dim": 4096, "head": "mlp"},
              {"head": "x"}, {"head": ["linear"]}, {"head": "mlp"}, *({"backbone": spec | more} for more in specs))
     cases = [({k: v for k, v in state.items() if "head" not in k}, meta), (state | {"extra": torch.ones(1)}, meta),
@@ -537,7 +561,8 @@ def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch
             (["--epochs", 0], "--epochs"), (["--seed", -1], "--seed"), (["--batch-size", 1], "--batch-size"),
             (["--wandb"], "pip install wandb"), (["--unfreeze-from", 9], "0 (the stem) to 3 (the head)"),
             ([*LP, "--mixgen", 0.5, "--grad-checkpointing"], "--mixgen --grad-checkpointing: for --phase ft"),
-            ([*LP, "--image-size", 4], "--image-size"), ([*LP, "--model", "ViT-X"], "not one of open_clip"),
+            ([*LP, "--image-size", 4], "--image-size"), ([*LP, "--model", "ViT-L/14"], "did you mean ViT-L-14?"),
+            ([*LP[:2], "--model", "timm:test_vit"], "r160_in1k"), ([*LP[:2], "--model", "timm:dpn48b"], "add --pre"),
             ([*LP, "--model", "timm:hf-hub:a/b"], "timm"), ([*LP, "--pretrained", "x"], "neither a weights file"),
             ([*LP, "--model", "timm:test_vit", "--model-kwargs", "checkpoint_path=x"], "--model-kwargs")):
         init = [] if args[0] in ("--init", "--phase") else ["--init", lp]
