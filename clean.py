@@ -1021,7 +1021,7 @@ def read_parquet(path, image_col, prompt_col, need, limit):
             if "name" in need:
                 columns["name"] = pl.coalesce(cell.struct.field("path"), row) if "path" in kinds[column] else row
     extra = [c for c in ROW.keys() - columns.keys() if c in types and (types[c].is_numeric() or types[c] == pl.String)]
-    return scan.select(*extra, **columns).slice(0, limit).collect(engine="streaming")
+    return scan.select(*extra, **columns).slice(0, limit).collect()
 
 
 def json_records(path):

@@ -456,8 +456,10 @@ class ImageDataset(Dataset):
 
 def make_loader(dataset, batches, args, device):
     """batches: iterable of lists of rows -> DataLoader of their images, in order."""
+    cells = args.workers and any(".parquet::" in p for p in dataset.paths)  # a forked polars waits forever
     # its own generator: building an iterator would draw from the global stream and shift dropout after a resume
     return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, worker_init_fn=ignore_signals,
+                      multiprocessing_context="spawn" if cells else None,
                       pin_memory=device.type == "cuda", generator=torch.Generator())
 
 
