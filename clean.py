@@ -60,13 +60,13 @@ MAX_PROMPT = 10_000      # characters; no image was made from more, and a tokeni
 BLOCK = 64               # rows of a Parquet image column in memory
 TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json"
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
-ARCHIVE_ERRORS = (OSError, ValueError, EOFError, RuntimeError, BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError,
-                  OverflowError)
+ARCHIVE_ERRORS = (OSError, ValueError, EOFError, RuntimeError, OverflowError, BadZipFile, tarfile.TarError, zlib.error,
+                  lzma.LZMAError)
 TABLE_ERRORS = *ARCHIVE_ERRORS, csv.Error, pl.exceptions.PolarsError, pl.exceptions.PanicException
-IMAGE_COLUMNS = ("image", "images", "image_path", "image_name", "img", "jpg", "png", "filepath", "file_name", "filename",
-                 "path")
-PROMPT_COLUMNS = "prompt", "text", "caption", "captions", "txt"
-NOT_IMAGES = "EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FITS"  # formats of Pillow that run programs, or need them
+IMAGE_COLUMNS = "image images image_path image_name img jpg png filepath file_name filename path".split()
+PROMPT_COLUMNS = "prompt text caption captions txt".split()
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+NOT_IMAGES = "EPS WMF MPEG BUFR GRIB HDF5 FITS".split()  # Pillow's formats that run or need other programs
 OURS = re.compile(r"(pairs|dropped)\.parquet|targets\.npy|summary\.json|funnel\.png|images/log\.jsonl|"
                   r"images/../[0-9a-f]{24}\.jpg|.*\.tmp")  # the files of a data folder
 ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
@@ -172,7 +172,7 @@ def is_table(path):
 
 
 class BoundedReads:
-    """A file for tarfile, which reads a header as long as the header claims to be: `room` bytes, then ValueError."""
+    """A file for tarfile, which believes a header of gigabytes: `room` bytes are read, then ValueError."""
     def __init__(self, file):
         self.file, self.room, self.seek, self.tell = file, MAX_HEADER, file.seek, file.tell
 
@@ -184,19 +184,19 @@ class BoundedReads:
 
 
 def open_tar(path):
-    """-> (TarFile, its regular members). Headers and what they claim are bounded before they are believed."""
+    """-> (TarFile, its regular members). Raises ARCHIVE_ERRORS, also for bombs."""
     with open(path, "rb") as f:
-        start = f.read(6)
-    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+        start = f.read(3)
+    openers = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}
     opener = next((o for magic, o in openers.items() if start.startswith(magic)), open)
     file, room, members = BoundedReads(opener(path, "rb")), MAX_RATIO * os.path.getsize(path), []
     archive = tarfile.open(fileobj=file, mode="r:")
     for m in archive:
         if m.isreg() and m.offset_data + m.size > room:  # even skipping a member unpacks it
             raise ValueError(f"unpacks to more than {MAX_RATIO} times its size")
-        if len(members) == 1_000_000:
+        if len(members) == 1_000_000:  # each takes a kilobyte of memory
             raise ValueError("more than a million members")
-        members += [m] if m.isreg() else []
+        members += [m] * m.isreg()
         file.room = MAX_HEADER
     file.room = float("inf")
     return archive, members
@@ -206,15 +206,15 @@ def open_tar(path):
 def open_archive(path, pid):
     """-> (read(name) -> bytes, names of its safe members, in order, Counter of the others). Raises ARCHIVE_ERRORS.
     pid: os.getpid(), because after a fork two processes would share one file position."""
-    left, members = Counter(), {}
     if path.lower().endswith(".zip"):
         archive = ZipFile(path)
         read = archive.read  # never more than the header claims
         found = [(m.filename, m.file_size, m) for m in archive.infolist() if not m.is_dir()]
     else:
         archive, found = open_tar(path)
-        found = [(m.name, m.size, m) for m in found]
         read = lambda m: archive.extractfile(m).read()  # noqa: E731
+        found = [(m.name, m.size, m) for m in found]
+    left, members = Counter(), {}
     unsafe = re.compile(r"^[/~]|^\w:|\\|\0|(^|/)\.\.(/|$)")  # absolute, Windows, or leading out
     for name, size, m in found:
         if unsafe.search(name):
@@ -230,45 +230,36 @@ def open_archive(path, pid):
 
 @lru_cache(maxsize=2)
 def read_block(table, column, number):
-    """BLOCK rows of the image column of a Parquet file -> Series. Raises TABLE_ERRORS."""
-    scan = pl.scan_parquet(open_bytes(table))
-    kinds = {c: cell_kind(t) for c, t in scan.collect_schema().items()}
-    column = column or pick_column(kinds, IMAGE_COLUMNS, "image")
-    return scan.select(column).slice(number * BLOCK, BLOCK).collect()[column]
-
-
-@lru_cache(maxsize=4)
-def line_starts(path, mtime):
-    """The offset of each line of a JSONL file."""
-    with open(path, "rb") as f:
-        return list(itertools.accumulate(map(len, f), initial=0))
+    """BLOCK rows of an image column of a Parquet file -> Series. Raises TABLE_ERRORS."""
+    return pl.scan_parquet(open_bytes(table)).select(column).slice(number * BLOCK, BLOCK).collect().to_series()
 
 
 def open_cell(table, cell):
-    """A cell of a table, "17" or "17::column" -> the bytes of its image, or the path that stands there instead."""
-    row, _, column = cell.partition("::")
+    """A cell, "17" or "17::column" (in JSONL of the line at byte 17) -> its image as a file, or the path in it."""
+    at, _, column = cell.partition("::")
     if table.lower().endswith(".parquet"):
-        rows = read_block(table, column, int(row) // BLOCK)
-        value = rows[int(row) % BLOCK] if int(row) % BLOCK < len(rows) else None
+        kinds = {c: cell_kind(t) for c, t in pl.read_parquet_schema(open_bytes(table)).items()} if not column else {}
+        rows = read_block(table, column or pick_column(kinds, "image"), int(at) // BLOCK)
+        value = rows[int(at) % BLOCK]
     else:
         with open(table, "rb") as f:
-            f.seek(line_starts(table, os.stat(table).st_mtime_ns)[int(row)])
-            record = json.loads(decode_text(f.readline()))
-        value = record[column or pick_column({k: "text" for k in record}, IMAGE_COLUMNS, "image")]
+            f.seek(int(at))
+            record = json.loads(f.readline())
+        value = record[column or pick_column({k: cell_kind(v) for k, v in record.items()}, "image")]
     value = first(value)
     value, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if isinstance(value, str):
-        value = base64.b64decode(value.partition(";base64,")[2] or value)
     if value is None and path:
         return Path(table).absolute().parent / path
+    if isinstance(value, str):
+        value = base64.b64decode(value.partition(";base64,")[2] or value)
     if value is None or len(value) > MAX_MEMBER:
-        raise FileNotFoundError(2, "no image in this cell" if value is None else "a cell this large", f"{table}::{cell}")
+        raise FileNotFoundError(2, "no image, or too large a one, in the cell", f"{table}::{cell}")
     return io.BytesIO(value)
 
 
 def first(value):
     """The first of a list, or of lists of lists; of anything else itself."""
-    while isinstance(value, (list, tuple, pl.Series)):
+    while isinstance(value, (list, pl.Series)):
         value = value[0] if len(value) else None
     return value
 
@@ -294,10 +285,10 @@ def open_bytes(file):
 
 
 def essential_chunks(file):
-    """A PNG without its text, profile and other extras: Pillow refuses the whole image for a large one -> its bytes"""
+    """A PNG -> a file with its pixels alone, because Pillow refuses an image for a large text or profile."""
     with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
         f.seek(0)
-        out, keep = [f.read(8)], {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+        out, keep = [f.read(8)], {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
         while len(head := f.read(8)) == 8:
             size = int.from_bytes(head[:4], "big") + 4
             body = f.read(size) if head[4:] in keep else f.seek(size, os.SEEK_CUR)
@@ -308,7 +299,7 @@ def essential_chunks(file):
 def to_srgb(image):
     """Colours of an embedded profile (Display P3, Adobe RGB, CMYK) -> sRGB; a profile that is broken is ignored."""
     profile = image.info.get("icc_profile")
-    if not profile or b"sRGB" in profile[:4096]:
+    if not profile or b"sRGB" in profile.replace(b"\0", b"")[:4096]:
         return image
     if image.mode in ("P", "PA", "LA", "1"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -525,8 +516,9 @@ def repair(prompts):
     import ftfy
     prompts = prompts.str.head(MAX_PROMPT + 1)  # "too long" anyway
     odd = prompts.str.contains(r"[^\x20-\x7e]|&\w+;").fill_null(False).arg_true()  # ftfy is slow, most are ASCII
-    fixed = pl.Series([ftfy.fix_text(p, normalization="NFKC", uncurl_quotes=False) for p in prompts.gather(odd)], dtype=pl.String)
-    return prompts.scatter(odd, fixed).str.replace_all(r"[\p{C}\s]+", " ").str.strip_chars().rename("prompt")
+    fixed = [ftfy.fix_text(p, normalization="NFKC", uncurl_quotes=False) for p in prompts.gather(odd)]
+    fixed = prompts.scatter(odd, pl.Series(fixed, dtype=pl.String))
+    return fixed.str.replace_all(r"[\p{C}\s]+", " ").str.strip_chars().rename("prompt")
 
 
 def clip_tokens(prompts, limit):
@@ -567,18 +559,18 @@ def normalised(prompt):
 
 
 # ------------------------------- the prompt in what a generator wrote
-KNOWN = re.compile(r"\b(?:steps: ?\d+|seed: ?-?\d+|(?:cfg|guidance) scale: ?[\d.]+|size: ?\d+ ?x ?\d+|width: ?\d+|height: "
-                   r"?\d+|sampler: ?\w[^,\n]*|model hash: ?\w+)(?=\s*(?:,|$))", re.I | re.M)  # settings of a generator
+KNOWN = re.compile(  # settings of a generator, a value and all
+    r"\b(?:steps: ?\d+|seed: ?-?\d+|(?:cfg|guidance) scale: ?[\d.]+|size: ?\d+ ?x ?\d+|(?:width|height): ?\d+"
+    r"|sampler: ?\w[^,\n]*|model hash: ?\w+)(?=\s*(?:,|$))", re.I | re.M)
 PAIR = re.compile(r"\s*[A-Za-z][\w /-]{0,40}: ?")
 NEGATIVE = re.compile(r"\s*negative[ _]prompt:", re.I)
 LABEL = re.compile(r"^(?:positive )?prompt:[ \t]*(.*(?:\n(?![A-Z][\w /-]{0,40}:).*)*)", re.I | re.M)
 NETWORKS = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")
-JSON_KEYS = ("prompt", "positive_prompt", "p", "v4_prompt", "base_caption", "caption", "captions", "text", "sui_image_params",
-             "meta", "metadata", "image", "parameters", "comment", "description")
-INSIDE = "sui_image_params", "meta", "metadata", "image", "parameters", "comment"  # of these only what is JSON again
-ENCODED = ("populated_text", "t5xxl", "mt5xl", "text_g", "clip_g", "text", "prompt", "user_prompt", "positive_prompt",
-           "positive", "text_l", "clip_l", "bert")  # the inputs of ComfyUI's text encoders, the fullest first
-JOINS = "delimiter", "separator", "clean_whitespace", "inputcount", "return_list"
+INSIDE = "sui_image_params meta metadata image parameters comment".split()  # what these hold is looked into again
+JSON_KEYS = "prompt positive_prompt p v4_prompt base_caption caption captions text".split() + INSIDE + ["description"]
+ENCODED = ("populated_text t5xxl mt5xl text_g clip_g text prompt user_prompt positive_prompt positive text_l clip_l "
+           "bert").split()  # the inputs of ComfyUI's text encoders, the fullest first
+JOINS = "delimiter separator clean_whitespace inputcount return_list".split()
 
 
 class NoPrompt(Exception):
@@ -586,9 +578,9 @@ class NoPrompt(Exception):
 
 
 def decode_text(data):
-    """Bytes -> text: by its byte order mark, else UTF-8, and what is not UTF-8 as cp1252 (U+FFFD where that has none)."""
-    for mark, name in ((codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
-                       (codecs.BOM_UTF16_BE, "utf-16-be")):
+    """Bytes -> text: by a byte order mark, else UTF-8, and what is not UTF-8 as cp1252 (U+FFFD if not that either)."""
+    for name in ("utf-32-le", "utf-8", "utf-16-le", "utf-16-be"):
+        mark = "\ufeff".encode(name)
         if data.startswith(mark):
             return data[len(mark):].decode(name, "replace")
     if b"\0" in data[:2]:  # UTF-16 without a mark
@@ -664,14 +656,16 @@ def upstream(nodes, start, skip=r"(?!)"):
     found, todo = set(), [start]
     while todo:
         for key, value in nodes[todo.pop()]["inputs"].items():
-            if is_link(value) and str(value[0]) in nodes.keys() - found and not re.search(skip, key):
-                found.add(str(value[0]))
-                todo.append(str(value[0]))
+            if is_link(value) and (i := str(value[0])) in nodes and i not in found and not re.search(skip, key):
+                found.add(i)
+                todo.append(i)
     return found
 
 
 def comfy_prompt(nodes):
-    """ComfyUI's graph {id: {class_type, inputs}} -> the text of the sampler that composed the image. Raises NoPrompt."""
+    """ComfyUI's graph {id: {class_type, inputs}} -> the text for the sampler that made the composition, or NoPrompt."""
+    if len(nodes) > 2000:
+        raise NoPrompt(f"ComfyUI graph of {len(nodes):,} nodes")
     linked = {str(v[0]) for n in nodes.values() for v in n["inputs"].values() if is_link(v)}
     saves = [i for i, n in nodes.items() if "save" in str(n["class_type"]).lower()]
     ends = saves or [i for i in nodes if i not in linked]
@@ -679,7 +673,8 @@ def comfy_prompt(nodes):
     starts = {}  # sampler: the nodes that its latent image comes from
     for i in used:
         inputs, kind = nodes[i]["inputs"], str(nodes[i]["class_type"])
-        if is_link(inputs.get("guider")) or is_link(inputs.get("positive")) and re.search("ampler|pscale|etailer", kind):
+        samples = is_link(inputs.get("positive")) and re.search("ampler|pscale|etailer", kind)
+        if samples or is_link(inputs.get("guider")):
             starts[i] = upstream(nodes, i, r"positive|negative|guider|cond|model|clip|vae|control|text")
     first = [i for i, before in starts.items() if not before & starts.keys()]
     empty = [i for i in first if any("empty" in str(nodes[n]["class_type"]).lower() for n in starts[i])]
@@ -746,7 +741,7 @@ def image_carriers(file):
     except Exception:  # decoders raise anything; the image is reported later
         return []
     found = [info.get(k) for k in ("parameters", "invokeai_metadata", "sd-metadata", "prompt")]
-    dream = re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info.get("Dream", "")))  # InvokeAI 1: a command line
+    dream = re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info.get("Dream", "")))  # InvokeAI 1, a command line
     found.append(dream[1] or dream[2])
     found += [v for v in (info.get("Comment"), exif.get(0x010f), exif.get(0x0110)) if "{" in str(v)]
     if isinstance(comment, bytes):  # eight bytes name the encoding; the byte order of UTF-16 is anybody's guess
@@ -954,8 +949,8 @@ def as_rows(table, source, **columns):
 
 
 def cell_kind(cell):
-    """A Parquet column's type, or a JSON value -> "text", "bytes", the names of its fields, or what else it is. Of a list
-    that of its items."""
+    """A Parquet column's type or a JSON value -> "text", "bytes", the names of its fields, or its type. Of a list that
+    of its items."""
     while isinstance(cell, (pl.List, pl.Array)):
         cell = cell.inner
     cell = first(cell)
@@ -967,40 +962,40 @@ def cell_kind(cell):
 
 
 def is_usable(kind, what):
-    embedded = kind == "bytes" or isinstance(kind, tuple) and {"bytes", "path"} & {*kind}
-    return kind == "text" or what == "image" and bool(embedded)
+    embedded = kind == "bytes" or isinstance(kind, tuple) and bool({"bytes", "path"} & {*kind})
+    return kind == "text" or what == "image" and embedded
 
 
-def pick_column(kinds, common, what):
-    """{column: kind} -> the first usable one by the order of `common`, or None."""
-    named = [c for n in common for c in kinds if c.strip().lower() == n]
-    return next((c for c in named if is_usable(kinds[c], what)), None)
+def pick_column(kinds, what, usable=True):
+    """{column: kind} -> the first column with a usual name, or None."""
+    usual = IMAGE_COLUMNS if what == "image" else PROMPT_COLUMNS
+    named = (c for name in usual for c in kinds if c.strip().lower() == name)
+    return next((c for c in named if is_usable(kinds[c], what) or not usable), None)
 
 
 def find_column(kinds, what, wanted, need):
-    """-> the column for the image or the prompt and a field of it, as --prompt-col text.en has, or None. Raises BadTable."""
-    common = IMAGE_COLUMNS if what == "image" else PROMPT_COLUMNS
-    column, dot, field = (wanted or "").rpartition(".")
-    if dot and wanted not in kinds and isinstance(kinds.get(column), tuple) and field in kinds[column]:
+    """-> the column of the image or the prompt, and its field if --prompt-col names one (text.en). Raises BadTable."""
+    column, _, field = (wanted or "").rpartition(".")
+    if wanted not in kinds and isinstance(kinds.get(column), tuple) and field in kinds[column]:
         return column, field
-    found = wanted if wanted in kinds or wanted and what in need else pick_column(kinds, common, what)
+    found = wanted if wanted in kinds or wanted and what in need else pick_column(kinds, what)
     if what not in need and not is_usable(kinds.get(found), what):
         return None, None
-    found = found or next((c for n in common for c in kinds if c.lower() == n), None)
+    found = found or pick_column(kinds, what, usable=False)
+    other = f"name another one with --{what}-col"
     if found not in kinds:
         also = ", or clean prompts alone with --text-only" if what == "image" else ""
-        raise BadTable(f"no column {found or f'for the {what}'} among: {', '.join(kinds)}; "
-                       f"name another one with --{what}-col{also}")
-    if isinstance(kinds[found], tuple) and not is_usable(kinds[found], what):
-        raise BadTable(f"the column {found} holds the fields {', '.join(kinds[found])}; "
-                       f"choose one with --{what}-col {found}.{kinds[found][0]}")
-    if not is_usable(kinds[found], what):
-        raise BadTable(f"the column {found} holds {kinds[found]}, not text; name another one with --{what}-col")
+        raise BadTable(f"no column {found or f'for the {what}'} among: {', '.join(kinds)}; {other}{also}")
+    kind = kinds[found]
+    if isinstance(kind, tuple) and not is_usable(kind, what):
+        raise BadTable(f"the column {found} has the fields {', '.join(kind)}; pick one: --{what}-col {found}.{kind[0]}")
+    if not is_usable(kind, what):
+        raise BadTable(f"the column {found} holds {kind}, not text; {other}")
     return found, None
 
 
 def read_parquet(path, image_col, prompt_col, need, limit):
-    """-> DataFrame: image (path or locator, by its row), prompt and further columns of ROW. Raises BadTable, TABLE_ERRORS"""
+    """-> DataFrame with columns of ROW, image a path or a locator. Raises BadTable, TABLE_ERRORS."""
     scan = pl.scan_parquet(open_bytes(path))
     types, columns = scan.collect_schema(), {}
     kinds = {c: cell_kind(t) for c, t in types.items()}
@@ -1015,7 +1010,7 @@ def read_parquet(path, image_col, prompt_col, need, limit):
         if what == "prompt" or kinds[column] == "text":
             columns[what] = (cell.struct.field(field) if field else cell).cast(pl.String, strict=False)
         else:  # read when it is needed, a few rows at a time
-            end = "" if column == pick_column(kinds, IMAGE_COLUMNS, "image") else f"::{column}"
+            end = "" if column == pick_column(kinds, "image") else f"::{column}"
             row = pl.int_range(pl.len()).cast(pl.String)
             columns[what] = pl.lit(f"{path}::") + row + pl.lit(end)
             if "name" in need:
@@ -1025,28 +1020,26 @@ def read_parquet(path, image_col, prompt_col, need, limit):
 
 
 def json_records(path):
-    """JSONL line by line, JSON as a whole -> (line, record); lines that hold no JSON object are counted."""
-    file, bad = open_bytes(path), []
+    """JSONL line by line, JSON as a whole -> (number, byte of its line, record). Other lines are counted."""
+    file, bad, at = open_bytes(path), [], 0
     with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
-        start = f.read(2)
+        lines, start = f, f.read(2)
         f.seek(0)
-        lines = f
         if str(path).lower().endswith(".json") or start[:1] == b"[" or not start.isascii() or b"\0" in start:
             lines = decode_text(f.read()).split("\n")
             with suppress(ValueError):
-                yield from enumerate(json_pairs(json.loads("\n".join(lines))))
+                for n, record in enumerate(json_pairs(json.loads("\n".join(lines)))):
+                    yield n, n, record
                 return
         for n, line in enumerate(lines):
-            try:
-                record = json.loads(line)
-            except UnicodeDecodeError:
-                record = load_json(decode_text(line))
-            except (ValueError, RecursionError):
-                record = None
+            record = None
+            with suppress(ValueError, RecursionError):
+                record = json.loads(line if isinstance(line, str) or line.isascii() else decode_text(line))
             if isinstance(record, dict):
-                yield n, record
+                yield n, at, record
             elif line.strip():
                 bad.append(n + 1)
+            at += len(line)
     if bad:
         print(f"{path}: {len(bad):,} lines that are no JSON objects were skipped, first line {bad[0]}", file=sys.stderr)
 
@@ -1077,8 +1070,8 @@ def as_frame(rows, schema, limit):
     """Rows of cells -> DataFrame, by the 100,000, because Python's lists take ten times the memory."""
     rows, frames = itertools.islice(rows, limit), [pl.DataFrame(schema=schema)]
     while batch := list(itertools.islice(rows, 100_000)):
-        columns = ([row[i] for row in batch] for i in range(len(schema)))
-        frames.append(pl.DataFrame({k: pl.Series(c, dtype=t, strict=False) for c, (k, t) in zip(columns, schema.items())}))
+        columns = [pl.Series(k, [row[i] for row in batch], t, strict=False) for i, (k, t) in enumerate(schema.items())]
+        frames.append(pl.DataFrame(columns))
     return pl.concat(frames)
 
 
@@ -1086,29 +1079,31 @@ def read_json(path, image_col, prompt_col, need, limit):
     """-> as read_parquet, of the needed keys only, so that the others may hold anything."""
     records = json_records(path)
     start = list(itertools.islice(records, 1000))
-    kinds = {k: "text" for _, r in start for k in r}
-    kinds |= {k: cell_kind(v) for _, r in reversed(start) for k, v in r.items() if first(v) is not None}
+    kinds = {k: "text" for *_, r in start for k in r}
+    kinds |= {k: cell_kind(v) for *_, r in reversed(start) for k, v in r.items() if first(v) is not None}
     if not kinds:
         raise BadTable("the table has no rows")
     (image, _), (prompt, field) = (find_column(kinds, *a, need) for a in (("image", image_col), ("prompt", prompt_col)))
-    schema = {"image": pl.String, "prompt": pl.String}
-    schema |= {k: pl.String if t == pl.String else pl.Float64 for k, t in ROW.items() if k in kinds and k not in schema}
+    schema = {"image": pl.String, "prompt": pl.String, "name": pl.String}
+    schema |= {k: t if t == pl.String else pl.Float64 for k, t in ROW.items() if k in kinds and k not in schema}
     end = f"::{image}" if image == image_col and image else ""
 
-    def cells(n, record):
-        prompt_cell = first(record.get(prompt))
-        prompt_cell = prompt_cell.get(field) if field and isinstance(prompt_cell, dict) else prompt_cell
-        found = [image_cell(record.get(image), f"{path}::{n}{end}"), prompt_cell, *map(record.get, [*schema][2:])]
+    def cells(n, at, record):
+        text = first(record.get(prompt))
+        text = text.get(field) if field and isinstance(text, dict) else text
+        where, name = image_cell(record.get(image), f"{path}::{at}{end}", str(n))
+        found = [where, text, name, *map(record.get, [*schema][3:])]
         return [v if isinstance(v, str) == (t == pl.String) else None for v, t in zip(found, schema.values())]
     return as_frame((cells(*r) for r in itertools.chain(start, records)), schema, limit)
 
 
-def image_cell(value, locator):
-    """A JSON value -> a path, or the locator if the image is in it."""
+def image_cell(value, locator, name):
+    """A JSON value -> a path, and None; or the locator if it holds the image itself, and the image's name."""
     value = first(value)
-    value, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, value)
-    path = path if isinstance(path, str) else None
-    return locator if value or path and (len(path) > 1000 or path.startswith("data:image")) else path
+    if isinstance(value, dict):
+        return (locator, value.get("path") or name) if value.get("bytes") else (value.get("path"), None)
+    embedded = isinstance(value, str) and (len(value) > 1000 or value.startswith("data:image"))
+    return (locator, name) if embedded else (value, None)
 
 
 def csv_reader(data, separator, **dialect):
@@ -1149,8 +1144,9 @@ def read_csv(path, image_col, prompt_col, need, limit):
     if not header:
         raise BadTable("the table has no rows")
     kinds = dict.fromkeys(header, "text")
-    at = {"image": find_column(kinds, "image", image_col, need)[0], "prompt": find_column(kinds, "prompt", prompt_col, need)[0]}
-    at = {k: header.index(c) for k, c in ({k: k for k in ROW if k in kinds} | at).items() if c is not None}
+    at = {k: k for k in ROW if k in kinds}
+    at |= {k: find_column(kinds, k, c, need)[0] for k, c in (("image", image_col), ("prompt", prompt_col))}
+    at = {k: header.index(c) for k, c in at.items() if c is not None}
 
     def cells():
         for n, row in enumerate(reader, 2):
@@ -1166,7 +1162,7 @@ def read_csv(path, image_col, prompt_col, need, limit):
 
 
 def scan_table(path, image_col=None, prompt_col=None, need=("image", "prompt"), source=None, limit=None):
-    """A table or a locator of one -> DataFrame of ROW, image a full path, locator or null; need: the columns that must be
+    """A table or a locator of one -> DataFrame of ROW, image a full path, locator or null; need: columns that must be
     there. Raises BadTable."""
     suffix = os.path.splitext(str(path))[1].lower()
     read = read_parquet if suffix == ".parquet" else read_csv if suffix in (".csv", ".tsv") else read_json
@@ -1194,7 +1190,8 @@ def read_table(path, *args, **kwargs):
 
 def is_diffusiondb(path):
     try:
-        return path.suffix == ".parquet" and {"image_name", "part_id", "prompt"} <= set(pl.read_parquet_schema(path))
+        return path.suffix == ".parquet" and path.is_file() and {"image_name", "part_id", "prompt"} <= set(
+            pl.read_parquet_schema(path))
     except TABLE_ERRORS:
         return False
 
@@ -1216,8 +1213,8 @@ def read_diffusiondb(metadata, source, limit):
 
 
 def walk(place, left):
-    """A folder -> its regular files, relative to it, sorted. Links are followed, each real folder once; `left` counts what
-    is left out."""
+    """A folder -> its regular files, relative to it, sorted. Links are followed, each real folder once. `left` counts
+    what is left out."""
     found, seen, todo = [], set(), [""]
     for inside in todo:
         try:
@@ -1243,10 +1240,11 @@ def walk(place, left):
 
 
 def sidecar_keys(name, tar):
-    """The names under which an image finds its sidecar: in tars (webdataset) a key ends at the first dot."""
+    """The keys by which an image finds its sidecar: its name, without suffix, and in tars (webdataset) up to the first
+    dot."""
     folder, _, base = unicodedata.normalize("NFC", name).rpartition("/")
-    keys = (os.path.join(folder, b) for b in (base, os.path.splitext(base)[0], base.split(".")[0]))
-    return [*keys][:3 if tar else 2]
+    keys = [os.path.join(folder, key) for key in (base, os.path.splitext(base)[0], base.split(".")[0])]
+    return [*keys[:2], keys[2] + "\0"] if tar else keys[:2]
 
 
 def is_tags(text):
@@ -1256,37 +1254,39 @@ def is_tags(text):
 
 def read_sidecars(names, images, tar, read, left):
     """The .caption, .json and .txt files of a place -> {suffix: {key of an image: text or parsed JSON}}."""
-    found, owners = {".caption": {}, ".json": {}, ".txt": {}}, {key for name in images for key in sidecar_keys(name, tar)}
+    found = {".caption": {}, ".json": {}, ".txt": {}}
+    owners = {key for name in images for key in sidecar_keys(name, tar)}
     for name in names:
         base, suffix = os.path.splitext(name)
         table = found.get(suffix.lower())
         if table is None:
             continue
-        keys = [k for k in (sidecar_keys(name, tar)[1:] if tar else sidecar_keys(name, tar)[1:2]) if k in owners]
+        keys = [k for k in sidecar_keys(name, tar)[1:] if k in owners]
         try:
             content = decode_text(read(name)) if keys or suffix.lower() == ".json" else None
             content = load_json(content) if suffix.lower() == ".json" else content
         except (*ARCHIVE_ERRORS, RecursionError):
             left[f"unreadable {suffix}"] += 1
             continue
-        for n, key in enumerate(keys):  # what several texts share is nobody's
-            table[key] = None if n and key in table and table[key] is not content else content
+        for key in keys:
+            table[key] = None if key.endswith("\0") and key in table else content  # of two texts neither
         if not keys and suffix.lower() == ".json":
             folder = os.path.dirname(sidecar_keys(name, False)[0])
             for record in json_pairs(content):
                 image = next((v for k, v in record.items() if k.lower() in IMAGE_COLUMNS), None)
                 if isinstance(image, str):
-                    keys.append(os.path.normpath(os.path.join(folder, unicodedata.normalize("NFC", image))))
+                    image = unicodedata.normalize("NFC", image.replace("\\", "/"))
+                    keys.append(os.path.normpath(os.path.join(folder, image)))
                     table.setdefault(keys[-1], record)
         if not owners.intersection(keys):
             left[f"{suffix} beside no image"] += 1
     return found
 
 
-def read_place(place, source, need=("image", "prompt"), limit=None, left=None):
-    """A folder, zip or tar, read in place -> DataFrame of ROW with every image. Its prompt comes from a table, else from
-    its .caption, its .json, its .txt, the image itself; before a .txt of tags from the image. Archives in a folder are
-    read too. `left`: a Counter of what is not read."""
+def read_place(place, source, need=("image", "prompt"), limit=None, left=None, columns=(None, None)):
+    """A folder, zip or tar, read in place -> DataFrame of ROW with every image. Its prompt is that of a table, else of
+    its .caption, its .json, its .txt unless that has tags, the image itself, its .txt. Archives in a folder are read
+    too. left: a Counter of what is not read; columns: --image-col and --prompt-col."""
     place, left, frames, rows = Path(place), Counter() if left is None else left, [], []
     if place.is_dir():
         names, prefix, read = walk(place, left), f"{place.absolute()}/", lambda n: (place / n).read_bytes()
@@ -1300,17 +1300,18 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None):
         suffix = os.path.splitext(name)[1].lower()
         if is_archive(name) and place.is_dir():
             try:
-                frames.append(read_place(place / name, source, need, limit, left))
+                frames.append(read_place(place / name, source, need, limit, left, columns))
             except ARCHIVE_ERRORS as e:
                 print(f"{place / name}: left out, not a readable archive ({reason(e)})", file=sys.stderr)
         elif suffix in TABLE_SUFFIXES[:-1]:
             try:
                 wants = [w for w in need if w != "prompt" or "image" not in need]
-                frames.append(scan_table(prefix + name, need=wants, source=source, limit=limit))
+                frames.append(scan_table(prefix + name, *columns, wants, source, limit))
             except BadTable as e:
                 left[f"{name}: {e}"] += 1
         elif not is_image(name) and suffix not in (".json", ".txt", ".caption") and not Path(name).name.startswith("."):
-            left[f"{suffix or 'file without a suffix'}"] += 1
+            plugin = PLUGINS.get(suffix)
+            left[(suffix or "file without a suffix") + (f" (pip install {plugin})" if plugin else "")] += 1
     table = pl.concat([*frames, as_rows(pl.DataFrame(), source)])
     table = table.with_columns(image=pl.coalesce(find_images(table["image"]), "image"))
     listed, images = dict(table.select("image", "prompt").iter_rows()), [n for n in names if is_image(n)]
@@ -1327,24 +1328,25 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None):
     blank = (table["prompt"].fill_null("").str.strip_chars() == "") & table["image"].is_not_null()
     found = [find(i.removeprefix(prefix), i) for i in table["image"].filter(blank)]
     table = table.with_columns(table["prompt"].scatter(blank.arg_true(), pl.Series(found, dtype=pl.String)))
-    return pl.concat([table, as_rows(pl.DataFrame(rows, schema=["image", "prompt"], orient="row"), source)]).slice(0, limit)
+    rows = pl.DataFrame(rows, schema={"image": pl.String, "prompt": pl.String}, orient="row")
+    return pl.concat([table, as_rows(rows, source)]).slice(0, limit)
 
 
 def read_source(path, source=None, image_col=None, prompt_col=None, need=("image", "prompt"), limit=None, left=None):
-    """One INPUT, recognised by what it is -> DataFrame of ROW. need: the columns that a table must have; limit: rows; left:
-    a Counter of what is not read, which is also printed."""
+    """One INPUT, recognised by what it is -> DataFrame of ROW, the first `limit`. need: the columns that a table must
+    have. left: a Counter of what is not read, which is also printed."""
     path, left = Path(path), Counter() if left is None else left
     source = source or path.absolute().name
+    if not path.is_dir() and not path.is_file():
+        sys.exit(f"{path}: not a regular file; give a table, folder, zip or tar")
     metadata = sorted(path.glob("metadata*.parquet")) if path.is_dir() else [path] if "image" in need else []
     if metadata := [p for p in metadata if is_diffusiondb(p)]:
         return pl.concat([read_diffusiondb(p, source, limit) for p in metadata]).slice(0, limit)
-    if not path.is_dir() and not path.is_file():
-        sys.exit(f"{path}: not a regular file; give a table, folder, zip or tar")
     if not path.is_dir() and not is_archive(path):
         return read_table(path, image_col, prompt_col, need, source, limit)
     try:
         mine = Counter()
-        rows = read_place(path, source, need, limit, mine)
+        rows = read_place(path, source, need, limit, mine, (image_col, prompt_col))
     except ARCHIVE_ERRORS as e:
         sys.exit(f"{path}: not a readable archive ({reason(e)}); fetch it again")
     if mine:
@@ -1358,7 +1360,7 @@ def list_counts(counts):
 
 
 def find_images(images):
-    """Series of paths, locators and nulls -> the same, as they are on disk, and null where missing: Windows separators and
+    """Series of paths, locators and nulls -> the same as they are on disk, null where missing. Windows separators and
     other Unicode forms are tried where there is no such name. Lists each folder and archive once."""
     listed, folders, found = {}, {"": "", "/": "/"}, []
 
@@ -1518,7 +1520,7 @@ def prepare_out(args, out, work):
 
 
 def read_inputs(args, out):
-    """-> DataFrame of ROW, numbered by `row`; Counter of what was not read; whether a row without image is no mistake."""
+    """-> DataFrame of ROW, numbered by `row`; Counter of what is not read; whether a row needs no image."""
     inputs, need = args.input, ("prompt",) if args.text_only or args.generate else ("image", "prompt")
     if not inputs:
         sys.path.append(str(Path(__file__).absolute().parent / "tests"))
@@ -1558,8 +1560,8 @@ class Funnel:  # the rows that are left, and those that each rule dropped
             counts = ", ".join(f"{s['rule']}: {s['removed']:,}" for s in self.steps if s["removed"])
             if rule == "no prompt":
                 there = f"; not read: {list_counts(self.unread)}" if self.unread else ""
-                sys.exit(f"no row survives ({counts}): no prompt was found in a table, in .caption, .json or .txt files "
-                         f"beside the images, or in the images themselves{there}; see --prompt-col")
+                sys.exit(f"no row survives ({counts}): no prompt in a table, in a .caption, .json or .txt beside the "
+                         f"image, or in the image itself{there}; name a table's column with --prompt-col")
             sys.exit(f"no row survives ({counts}); loosen that rule; "
                      f"image paths are relative to the table, e.g. {self.rows['image'].drop_nulls().first()}")
 

@@ -232,6 +232,7 @@ PLACES = {  # name: files, link: target, what is said of the rest
     "locked.zip": (encrypted(), "1 × encrypted member"), "evil.zip": (zipped({**PAIR, "0.txt": A, "1.txt": B, "../2.png": png()}), "1 × unsafe name"),
     "hub.zip": (zipped({"data/t.parquet": parquet(image=CELLS, text=[A, B])}),),
     "dots.tar": (tarred({"0.in.png": PAIR["0.png"], "0.out.txt": A, "1.x.png": PAIR["1.png"], "1.json": json.dumps({"caption": B})}),),
+    "exact.tar": (tarred({"a.png": PAIR["0.png"], "a.txt": A, "a.b.png": PAIR["1.png"], "a.b.txt": B}),),
     "plain.tar": (tarred({"s.0.png": PAIR["0.png"], "s.0.txt": A, "s.1.png": PAIR["1.png"], "s.1.txt": B}),),
     **{f"x.tar.{c}": (tarred({**PAIR, "0.txt": A, "1.txt": B}, c),) for c in ("gz", "bz2", "xz")}}
 
