@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,26 @@ def png(colour="red", size=(32, 24), **kwargs):
     image.putpixel((0, 0), (1, 2, 3))
     image.save(out := io.BytesIO(), "PNG", **kwargs)
     return out.getvalue()
+
+
+def put(place, files, method=zipfile.ZIP_DEFLATED):
+    """{name: content} into a zip, a tar or a folder, by its suffix -> its path."""
+    files = {k: v.encode() if isinstance(v, str) else v for k, v in files.items()}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.suffix == ".zip":
+        with zipfile.ZipFile(place, "w", method) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    elif place.name.endswith((".tar", ".tgz", ".gz", ".bz2", ".xz")):
+        with tarfile.open(place, "w:" + place.suffix[1:].replace("tar", "").replace("tgz", "gz")) as archive:
+            for name, content in files.items():
+                (info := tarfile.TarInfo(name)).size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    else:
+        for name, content in files.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(content)
+    return place
 
 
 @pytest.fixture(scope="session")
