@@ -541,8 +541,8 @@ def text_rules(args):
     return [
         ("no prompt", prompt.is_null()),
         ("blank", prompt.str.to_lowercase().is_in(["", "nan", "null", "none", "n/a"])),
-        ("too short", words < args.min_words),
         ("undecodable", prompt.str.contains("\ufffd")),
+        ("too short", words < args.min_words),
         ("too long", (words > args.max_words) | (prompt.str.len_chars() > MAX_PROMPT)),
         ("too many tokens", tokens > args.max_tokens),
         ("characters", (marks.str.count_matches(good) < 0.9 * marks.str.len_chars()) | ~prompt.str.contains(r"\p{L}")),
