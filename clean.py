@@ -249,7 +249,7 @@ def open_cell(table, cell):
     value = first(value)
     value, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None and path:
-        return Path(table).absolute().parent / path
+        return open_bytes(Path(table).absolute().parent / path)
     if isinstance(value, str):
         value = base64.b64decode(value.partition(";base64,")[2] or value)
     if value is None or len(value) > MAX_MEMBER:
@@ -563,7 +563,7 @@ KNOWN = re.compile(  # settings of a generator, a value and all
     r"\b(?:steps: ?\d+|seed: ?-?\d+|(?:cfg|guidance) scale: ?[\d.]+|size: ?\d+ ?x ?\d+|(?:width|height): ?\d+"
     r"|sampler: ?\w[^,\n]*|model hash: ?\w+)(?=\s*(?:,|$))", re.I | re.M)
 PAIR = re.compile(r"\s*[A-Za-z][\w /-]{0,40}: ?")
-NEGATIVE = re.compile(r"\s*negative[ _]prompt:", re.I)
+NEGATIVE = re.compile(r"negative[ _]prompt:", re.I)
 LABEL = re.compile(r"^(?:positive )?prompt:[ \t]*(.*(?:\n(?![A-Z][\w /-]{0,40}:).*)*)", re.I | re.M)
 NETWORKS = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")
 INSIDE = "sui_image_params meta metadata image parameters comment".split()  # what these hold is looked into again
@@ -600,20 +600,20 @@ def prompt_of(text):
             text = json.loads(text)
         if not isinstance(text, str):
             return find_prompt(text)
-        if re.match(r'[{\[]\s*\{?\s*"[^"]*"\s*:', text):
+        if re.match(r'[{\[](?:\s*\{)?\s*"[^"]*"\s*:', text):
             raise NoPrompt("damaged JSON")
     return NETWORKS.sub("", cut_settings(text)).strip() if re.search(r"\w", text) and text != "null" else ""
 
 
 def cut_settings(text):
     """Infotext -> what stands before its "Negative prompt:" line or its run of "Key: value" pairs; prose as it is."""
-    if (label := LABEL.search(text)) and (KNOWN.search(text) or re.search(NEGATIVE.pattern, text, re.I)):
+    if (label := LABEL.search(text)) and (KNOWN.search(text) or NEGATIVE.search(text)):
         text = label[1]  # Easy Diffusion has a key per line
         if not KNOWN.search(text):
             return text
     lines = text.split("\n")
     for i, line in enumerate(lines):
-        if NEGATIVE.match(line):
+        if NEGATIVE.match(line.lstrip()):
             return "\n".join(lines[:i])
         if PAIR.match(line) and KNOWN.search(line) and len(KNOWN.findall("\n".join(lines[i:]))) > 1:
             while i > 1 and PAIR.match(lines[i - 1]) and lines[i - 1].rstrip().endswith(","):
@@ -621,7 +621,7 @@ def cut_settings(text):
             return "\n".join(lines[:i])
     found = [*KNOWN.finditer(text)]
     if len(found) > 2:  # all on one line, as in a cell of a table
-        return re.split(NEGATIVE.pattern, text[:found[0].start()], flags=re.I)[0].rstrip(" ,")
+        return NEGATIVE.split(text[:found[0].start()])[0].rstrip(" ,\n")
     return text
 
 
@@ -756,7 +756,8 @@ def image_carriers(file):
         found.append(decode_text(exif[0x010e].encode("latin-1", "replace")))
     xmp = info.get("xmp") or info.get("XML:com.adobe.xmp") or b""
     xmp = decode_text(xmp) if isinstance(xmp, bytes) else xmp
-    found += [html.unescape(t) for t in re.findall(r"UserComment>.*?<rdf:li[^>]*>(.*?)</rdf:li>", xmp, re.S)]
+    inner = xmp.partition("UserComment>")[2].partition("<rdf:li")[2].partition(">")[2].partition("</rdf:li>")[0]
+    found.append(html.unescape(inner))
     return [t for t in found if isinstance(t, str)]
 
 
