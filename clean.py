@@ -13,6 +13,7 @@ No two kept prompts have cosine >= --threshold, and every dropped one has a kept
 training row has cosine >= --split-threshold to any validation row. All three are exact.
 """
 import argparse
+import ast
 import base64
 import bz2
 import codecs
@@ -150,17 +151,17 @@ class BadImage(Exception):
 
 @lru_cache
 def image_formats():
-    """{suffix: format} of the images that are read: all that Pillow knows, HEIC and JPEG XL by their plug-ins."""
+    """-> suffixes, formats of the images that are read: all that Pillow knows, HEIC and JPEG XL by their plug-ins."""
     for plugin in ("pillow_heif", "pillow_jxl"):
         with suppress(ImportError):
             module = importlib.import_module(plugin)
             getattr(module, "register_heif_opener", int)()
-    known = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP", **Image.registered_extensions()}  # these are tried first
-    return {suffix: f for suffix, f in known.items() if f in Image.OPEN and f not in NOT_IMAGES}
+    known = {s: f for s, f in Image.registered_extensions().items() if f in Image.OPEN and f not in NOT_IMAGES}
+    return {*known}, [*dict.fromkeys(["PNG", "JPEG", "WEBP", *known.values()])]  # these are tried first
 
 
 def is_image(path):
-    return os.path.splitext(path)[1].lower() in image_formats()
+    return os.path.splitext(path)[1].lower() in image_formats()[0]
 
 
 def is_archive(path):
@@ -301,7 +302,7 @@ def to_srgb(image):
     profile = image.info.get("icc_profile")
     if not profile or b"sRGB" in profile.replace(b"\0", b"")[:4096]:
         return image
-    if image.mode in ("P", "PA", "LA", "1"):
+    if image.has_transparency_data or image.mode in ("P", "1"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
         srgb = ImageCms.createProfile("sRGB")
@@ -311,7 +312,7 @@ def to_srgb(image):
 
 
 def decode_image(file, max_pixels):
-    image = Image.open(file, formats=[*dict.fromkeys(image_formats().values())])
+    image = Image.open(file, formats=image_formats()[1])
     if image.width * image.height > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's convert clips at 255
@@ -560,8 +561,8 @@ def normalised(prompt):
 
 # ------------------------------- the prompt in what a generator wrote
 KNOWN = re.compile(  # settings of a generator, a value and all
-    r"\b(?:steps: ?\d+|seed: ?-?\d+|(?:cfg|guidance) scale: ?[\d.]+|size: ?\d+ ?x ?\d+|(?:width|height): ?\d+"
-    r"|sampler: ?\w[^,\n]*|model hash: ?\w+)(?=\s*(?:,|$))", re.I | re.M)
+    r"\b(?:(steps): ?\d+|(seed): ?-?\d+|((?:cfg|guidance) scale): ?[\d.]+|(size): ?\d+ ?x ?\d+|(width|height): ?\d+"
+    r"|(sampler): ?\w[^,\n]*|(model hash): ?\w+)(?=\s*(?:,|$))", re.I | re.M)
 PAIR = re.compile(r"\s*[A-Za-z][\w /-]{0,40}: ?")
 NEGATIVE = re.compile(r"negative[ _]prompt:", re.I)
 LABEL = re.compile(r"^(?:positive )?prompt:[ \t]*(.*(?:\n(?![A-Z][\w /-]{0,40}:).*)*)", re.I | re.M)
@@ -569,8 +570,11 @@ NETWORKS = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")
 INSIDE = "sui_image_params meta metadata image parameters comment".split()  # what these hold is looked into again
 JSON_KEYS = "prompt positive_prompt p v4_prompt base_caption caption captions text".split() + INSIDE + ["description"]
 ENCODED = ("populated_text t5xxl mt5xl text_g clip_g text prompt user_prompt positive_prompt positive text_l clip_l "
-           "bert").split()  # the inputs of ComfyUI's text encoders, the fullest first
-JOINS = "delimiter separator clean_whitespace inputcount return_list".split()
+           "bert llama").split()  # the inputs of ComfyUI's text encoders, the fullest first
+JOINS = "delimiter separator clean_whitespace strip_newlines inputcount return_list".split()
+HOLDS_TEXT = re.compile("text|string|prompt|primitive|concat|join|combine|show|display|preview|literal|reroute", re.I)
+CHANGES_TEXT = re.compile("load|file|gpt|llm|llama|expan|enhanc|transl|upper|lower|case|revers|random|replac|style"
+                          "|regex|extract|generat|slice|trim|split|caption|tagger|improve|refine|magic", re.I)
 
 
 class NoPrompt(Exception):
@@ -596,17 +600,34 @@ def prompt_of(text):
     has none. Raises NoPrompt."""
     text = re.sub(r"^\s*(prompt|workflow):\s*(?=\{)", "", text.strip().removeprefix("\ufeff"), flags=re.I)
     if text[:1] in ("{", "["):
-        with suppress(ValueError, RecursionError):  # "[castle] at night" and "{red|blue} car" are prose
-            text = json.loads(text)
-        if not isinstance(text, str):
-            return find_prompt(text)
+        found = parse_structure(text)
+        if found is not None:
+            return find_prompt(found)
         if re.match(r'[{\[](?:\s*\{)?\s*"[^"]*"\s*:', text):
             raise NoPrompt("damaged JSON")
     return NETWORKS.sub("", cut_settings(text)).strip() if re.search(r"\w", text) and text != "null" else ""
 
 
+def parse_structure(text):
+    """JSON, or what Python's str() makes of a dict or list -> dict or list; prose as "{red|blue} car" -> None."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        if len(text) < 100_000 and not re.search(r"""['"]\s+['"]""", text):  # Python joins "a" "b"
+            return found if isinstance(found := ast.literal_eval(text), (dict, list)) else None
+    return None
+
+
+def count_settings(text):
+    """How many different settings of a generator a text has; prose may have steps, sizes, widths and heights."""
+    keys = {m.lastindex for m in KNOWN.finditer(text)}
+    return len(keys) if keys - {1, 4, 5} else 0
+
+
 def cut_settings(text):
     """Infotext -> what stands before its "Negative prompt:" line or its run of "Key: value" pairs; prose as it is."""
+    if re.search(r"\\n(Negative prompt|Steps):", text):
+        text = text.replace("\\n", "\n")  # escaped by a table
     if (label := LABEL.search(text)) and (KNOWN.search(text) or NEGATIVE.search(text)):
         text = label[1]  # Easy Diffusion has a key per line
         if not KNOWN.search(text):
@@ -615,13 +636,14 @@ def cut_settings(text):
     for i, line in enumerate(lines):
         if NEGATIVE.match(line.lstrip()):
             return "\n".join(lines[:i])
-        if PAIR.match(line) and KNOWN.search(line) and len(KNOWN.findall("\n".join(lines[i:]))) > 1:
+        if PAIR.match(line) and KNOWN.search(line) and count_settings("\n".join(lines[i:])) > 1:
             while i > 1 and PAIR.match(lines[i - 1]) and lines[i - 1].rstrip().endswith(","):
                 i -= 1  # SD.Next writes other keys before Steps
             return "\n".join(lines[:i])
-    found = [*KNOWN.finditer(text)]
-    if len(found) > 2:  # all on one line, as in a cell of a table
-        return NEGATIVE.split(text[:found[0].start()])[0].rstrip(" ,\n")
+    # all on one line, as in a cell of a table
+    prompt, negative, rest = text.partition(NEGATIVE.search(text)[0]) if NEGATIVE.search(text) else (text, "", "")
+    if count_settings(text) > (1 if negative else 2):
+        return (prompt if negative else text[:KNOWN.search(text).start()]).rstrip(" ,\n")
     return text
 
 
@@ -640,7 +662,8 @@ def find_prompt(found):
         return found["c"]
     for key in JSON_KEYS:
         value = found.get(key)
-        if key in INSIDE and not isinstance(value, dict) and not str(value).startswith("{"):
+        carrier = isinstance(value, dict) or str(value).startswith("{") or count_settings(str(value)) > 1
+        if key in INSIDE and not carrier:
             continue
         if prompt := find_prompt(value):
             return prompt
@@ -666,21 +689,19 @@ def comfy_prompt(nodes):
     """ComfyUI's graph {id: {class_type, inputs}} -> the text for the sampler that made the composition, or NoPrompt."""
     if len(nodes) > 2000:
         raise NoPrompt(f"ComfyUI graph of {len(nodes):,} nodes")
-    linked = {str(v[0]) for n in nodes.values() for v in n["inputs"].values() if is_link(v)}
+    samplers = [i for i, n in nodes.items() if is_link(n["inputs"].get("guider")) or (
+        is_link(n["inputs"].get("positive")) and re.search("ampler|pscale|etailer", str(n["class_type"])))]
     saves = [i for i, n in nodes.items() if "save" in str(n["class_type"]).lower()]
-    ends = saves or [i for i in nodes if i not in linked]
-    used = set(ends).union(*(upstream(nodes, i) for i in ends))
-    starts = {}  # sampler: the nodes that its latent image comes from
-    for i in used:
-        inputs, kind = nodes[i]["inputs"], str(nodes[i]["class_type"])
-        samples = is_link(inputs.get("positive")) and re.search("ampler|pscale|etailer", kind)
-        if samples or is_link(inputs.get("guider")):
-            starts[i] = upstream(nodes, i, r"positive|negative|guider|cond|model|clip|vae|control|text")
-    first = [i for i, before in starts.items() if not before & starts.keys()]
-    empty = [i for i in first if any("empty" in str(nodes[n]["class_type"]).lower() for n in starts[i])]
+    used = set().union(*(upstream(nodes, i) for i in saves[:100]))
+    samplers = [i for i in samplers if i in used] or samplers
+    aside = r"positive|negative|guider|cond|model|clip|vae|control|text"
+    starts = {i: upstream(nodes, i, aside) for i in samplers}  # the nodes that its latent image comes from
+    origins = [i for i, before in starts.items() if not before & starts.keys()]
+    empty = [i for i in origins if any("empty" in str(nodes[n]["class_type"]).lower() for n in starts[i])]
     steps = []
     texts = {conditioning_text(nodes, nodes[i]["inputs"].get("guider") or nodes[i]["inputs"]["positive"], steps)
-             for i in empty or first}
+             for i in empty or origins}
+    texts = texts - {""} or texts
     if len(texts) != 1:
         kinds = sorted({str(n["class_type"]) for n in nodes.values() if "ampler" in str(n["class_type"])})
         raise NoPrompt(f"ComfyUI graph with {len(texts)} prompts ({', '.join(kinds[:3]) or 'no sampler'})")
@@ -700,11 +721,9 @@ def conditioning_text(nodes, link, steps):
     kind, inputs = visit(nodes, link, steps)
     if "ZeroOut" in kind:
         return ""
-    onward = [k for k in sorted(inputs) if re.match(r"cond|positive$|guider$", k) and is_link(inputs[k])]
-    if len(inputs) == 1 and "Reroute" in kind:
-        onward = [*inputs]
-    if onward and "text" not in inputs:  # combine and concat: the part that the other is added to comes first
-        onward.sort(key=lambda k: "from" in k)
+    onward = [k for k in inputs if is_link(inputs[k]) and (re.match(r"cond|positive$|guider$", k) or "Reroute" in kind)]
+    if onward:  # combine and concat: the part that the other is added to comes first
+        onward.sort(key=lambda k: ("from" in k, len(k), k))
         return ", ".join(filter(None, (conditioning_text(nodes, inputs[k], steps) for k in onward)))
     keys = [k for k in ENCODED if k in inputs]
     if not keys:
@@ -720,7 +739,8 @@ def node_text(nodes, value, steps):
     if "populated_text" in inputs:
         return node_text(nodes, inputs["populated_text"], steps)
     parts = [k for k in inputs if re.fullmatch(r"(text|string|prompt|value|positive|input)?(_?[a-z]|_?\d+)?", k, re.I)]
-    if not parts or inputs.keys() - {*parts, *JOINS}:
+    known = parts and HOLDS_TEXT.search(kind) and not CHANGES_TEXT.search(kind)
+    if not known or inputs.keys() - {*parts, *JOINS}:
         raise NoPrompt(f"ComfyUI node {kind}")
     parts.sort(key=lambda k: (len(k), k))
     if re.search("show|display|preview", kind, re.I):
@@ -733,32 +753,45 @@ def node_text(nodes, value, steps):
 def image_carriers(file):
     """The texts in an image's metadata that may hold its prompt: of PNG chunks, EXIF and XMP, in this order."""
     try:
-        image = Image.open(open_bytes(file), formats=[*dict.fromkeys(image_formats().values())])
+        image = Image.open(open_bytes(file), formats=image_formats()[1])
         info, exif = image.info, Image.Exif()
         if image.format != "PNG" or "exif" in info:  # Pillow would decode a PNG to look for it
             exif = image.getexif()
-        comment = exif.get_ifd(0x8769).get(0x9286, b"")
+        more = exif.get_ifd(0x8769)
     except Exception:  # decoders raise anything; the image is reported later
         return []
     found = [info.get(k) for k in ("parameters", "invokeai_metadata", "sd-metadata", "prompt")]
-    dream = re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info.get("Dream", "")))  # InvokeAI 1, a command line
-    found.append(dream[1] or dream[2])
-    found += [v for v in (info.get("Comment"), exif.get(0x010f), exif.get(0x0110)) if "{" in str(v)]
-    if isinstance(comment, bytes):  # eight bytes name the encoding; the byte order of UTF-16 is anybody's guess
-        code, comment = comment[:8], comment[8:]
-        if code == b"UNICODE\0" and comment[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            texts = [comment.decode(name, "replace") for name in ("utf-16-be", "utf-16-le")]
-            comment = max(texts, key=lambda t: sum(c < "\u0250" for c in t))
-        else:
-            comment = decode_text(comment)
-    found += [comment, info.get("Description")]
-    if isinstance(exif.get(0x010e), str):  # ImageDescription, which Pillow takes for Latin-1
+    if "Dream" in info:  # InvokeAI 1, a command line
+        dream = re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info["Dream"]))
+        found.append(dream[1] or dream[2])
+    make, comment = exif.get(0x010f), info.get("comment", b"")  # ComfyUI writes its graph into Make or Model
+    told = [info.get("Comment"), comment if isinstance(comment, str) else decode_text(comment), make, exif.get(0x0110)]
+    found += [t for t in told if "{" in str(t) or KNOWN.search(str(t))]  # others say what program made the file
+    found += [user_comment(more.get(0x9286) or exif.get(0x9286)), info.get("Description")]
+    camera = 0x829a in more or make and "{" not in str(make)
+    if isinstance(exif.get(0x010e), str) and not camera:  # ImageDescription, which Pillow takes for Latin-1
         found.append(decode_text(exif[0x010e].encode("latin-1", "replace")))
-    xmp = info.get("xmp") or info.get("XML:com.adobe.xmp") or b""
-    xmp = decode_text(xmp) if isinstance(xmp, bytes) else xmp
-    inner = xmp.partition("UserComment>")[2].partition("<rdf:li")[2].partition(">")[2].partition("</rdf:li>")[0]
-    found.append(html.unescape(inner))
+    if xmp := info.get("xmp") or info.get("XML:com.adobe.xmp"):
+        xmp = decode_text(xmp) if isinstance(xmp, bytes) else xmp
+        inner = xmp.partition("UserComment>")[2].partition("<rdf:li")[2].partition(">")[2].partition("</rdf:li>")[0]
+        found.append(html.unescape(inner))
     return [t for t in found if isinstance(t, str)]
+
+
+def user_comment(value):
+    """EXIF's UserComment -> text. Eight bytes name the encoding; the byte order of its UTF-16 is anybody's guess."""
+    if not isinstance(value, bytes):
+        return value
+    code, data = value[:8], value[8:]
+    if code != b"UNICODE\0" or data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return decode_text(data)
+    with suppress(UnicodeDecodeError):
+        if b"\0" not in data:
+            return data.decode()
+    texts = [data.decode(name, "replace") for name in ("utf-16-be", "utf-16-le")]
+    odd = [sum(unicodedata.category(c) in ("Cn", "Co", "Cs") or c == "\ufffd" for c in t) for t in texts]
+    blocks = [len({ord(c) >> 8 for c in t}) for t in texts]  # of a real text few
+    return texts[(odd[1], blocks[1]) < (odd[0], blocks[0])]
 
 
 def first_prompt(carriers, left):
@@ -1042,7 +1075,7 @@ def json_records(path):
                 bad.append(n + 1)
             at += len(line)
     if bad:
-        print(f"{path}: {len(bad):,} lines that are no JSON objects were skipped, first line {bad[0]}", file=sys.stderr)
+        print(f"{path}: lines without a JSON object were skipped: {len(bad):,}, first line {bad[0]}", file=sys.stderr)
 
 
 def load_json(text):
@@ -1052,18 +1085,32 @@ def load_json(text):
         return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def json_pairs(found):
-    """Parsed JSON with a list of records, columns, or {image: prompt or record} -> list of records."""
+def json_pairs(found, names=is_image):
+    """Parsed JSON with a list of records, columns, COCO's captions, or {image: prompt or record}; names says which keys
+    are images -> list of records."""
+    def has_image(record):
+        return isinstance(record, dict) and any(k.lower() in IMAGE_COLUMNS for k in record)
     if isinstance(found, dict):
-        lists = [v for v in found.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        columns, rows = found.get("columns"), found.get("data")
+        if isinstance(columns, list) and isinstance(rows, list):  # pandas, split
+            return [dict(zip(map(str, columns), r)) for r in rows if isinstance(r, list)]
+        if isinstance(found.get("annotations"), list) and isinstance(found.get("images"), list):
+            files = {str(r.get("id")): r.get("file_name") for r in found["images"] if isinstance(r, dict)}
+            notes = [r for r in found["annotations"] if isinstance(r, dict)]
+            return [{"image": files.get(str(r.get("image_id"))), "prompt": r.get("caption")} for r in notes]
+        lists = [v for v in found.values() if isinstance(v, list) and v and has_image(v[0])]
         image = next((v for k, v in found.items() if k.lower() in IMAGE_COLUMNS), None)
-        if isinstance(image, (list, dict)) and not {"bytes", "path"} & {*image}:  # column by column
-            keys = list(image) if isinstance(image, dict) else range(len(image))
+        if lists or found and all(map(has_image, found.values())):
+            return json_pairs(lists[0] if lists else [*found.values()])
+        if isinstance(image, (list, dict)) and not (isinstance(image, dict) and {"bytes", "path"} & image.keys()):
+            keys = [*image] if isinstance(image, dict) else range(len(image))  # column by column
             columns = {k: v for k, v in found.items() if isinstance(v, type(image)) and len(v) == len(image)}
             return [{k: v.get(i) if isinstance(v, dict) else v[i] for k, v in columns.items()} for i in keys]
         if image is not None:
             return [found]
-        found = lists[0] if lists else [{"image": k, "prompt": first_prompt([v], Counter())} for k, v in found.items()]
+        pairs = [{"image": k, "prompt": first_prompt([v], Counter())} for k, v in found.items()
+                 if isinstance(v, dict) or names(k)]
+        return [r for r in pairs if r["prompt"]]
     return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
 
 
@@ -1082,8 +1129,9 @@ def read_json(path, image_col, prompt_col, need, limit):
     start = list(itertools.islice(records, 1000))
     kinds = {k: "text" for *_, r in start for k in r}
     kinds |= {k: cell_kind(v) for *_, r in reversed(start) for k, v in r.items() if first(v) is not None}
+    kinds |= {k: "text" for *_, r in start for k, v in r.items() if isinstance(first(v), str)}
     if not kinds:
-        raise BadTable("the table has no rows")
+        raise BadTable("no records, columns, or pairs of image and prompt in this JSON")
     (image, _), (prompt, field) = (find_column(kinds, *a, need) for a in (("image", image_col), ("prompt", prompt_col)))
     schema = {"image": pl.String, "prompt": pl.String, "name": pl.String}
     schema |= {k: t if t == pl.String else pl.Float64 for k, t in ROW.items() if k in kinds and k not in schema}
@@ -1094,6 +1142,8 @@ def read_json(path, image_col, prompt_col, need, limit):
         text = text.get(field) if field and isinstance(text, dict) else text
         where, name = image_cell(record.get(image), f"{path}::{at}{end}", str(n))
         found = [where, text, name, *map(record.get, [*schema][3:])]
+        # JSON may hold half a surrogate pair
+        found = [v.encode("utf8", "replace").decode() if isinstance(v, str) else v for v in found]
         return [v if isinstance(v, str) == (t == pl.String) else None for v, t in zip(found, schema.values())]
     return as_frame((cells(*r) for r in itertools.chain(start, records)), schema, limit)
 
@@ -1118,17 +1168,16 @@ def sniff_csv(data, known, separators):
     start = data.lstrip()[:1 << 20]
     headers = {s: [c.strip().lower() for c in next(csv_reader(start, s), [])] for s in separators}
     separator = max(headers, key=lambda s: (len(known.intersection(headers[s])), len(headers[s])))
-    dialects, unclosed = [{"strict": True}, {"skipinitialspace": True}] * (b'"' in data), separator == "\t"
+    dialects = [{"strict": True}] * (b'"' in data)
     if b'\\"' in data or f"\\{separator}".encode() in data:
-        dialects.insert(1, {"escapechar": "\\"})
-    for dialect in dialects:
-        try:
+        dialects.append({"escapechar": "\\"})
+    if any(c.startswith(" ") for c in next(csv_reader(start, separator), [])):
+        dialects.append({"skipinitialspace": True})
+    for dialect in dialects + [{"quoting": csv.QUOTE_NONE}] * (separator == "\t"):
+        with suppress(csv.Error):
             if len({len(row) for row in csv_reader(data, separator, **{"strict": True, **dialect})}) == 1:
                 return separator, dialect
-        except csv.Error as e:
-            unclosed |= "unexpected end" in str(e)
-    plain = {"quoting": csv.QUOTE_NONE}  # a quotation mark is a character like others
-    return separator, plain if unclosed and len({len(row) for row in csv_reader(data, separator, **plain)}) == 1 else {}
+    return separator, {}
 
 
 def read_csv(path, image_col, prompt_col, need, limit):
@@ -1139,7 +1188,13 @@ def read_csv(path, image_col, prompt_col, need, limit):
         data = decode_text(data).encode()
     csv.field_size_limit(1 << 30)
     known = {*IMAGE_COLUMNS, *PROMPT_COLUMNS, image_col, prompt_col}
-    separator, dialect = sniff_csv(data, known, "\t,;|" if str(path).lower().endswith(".tsv") else ",\t;|")
+    told = re.match(rb"\s*sep=([,;|\t])\r?\n", data)  # Excel
+    data = data[told.end():] if told else data
+    separators = told[1].decode() if told else "\t,;|" if str(path).lower().endswith(".tsv") else ",\t;|"
+    separator, dialect = sniff_csv(data, known, separators)
+    if b'"' in data and not dialect:
+        print(f"{path}: rows differ in length, or quotation marks do not match; read as Python's csv module does, "
+              "which may join rows", file=sys.stderr)
     reader = csv_reader(data, separator, **dialect)
     header = next(reader, [])
     if not header:
@@ -1157,7 +1212,7 @@ def read_csv(path, image_col, prompt_col, need, limit):
                 yield [row[i] if i < len(row) else None for i in at.values()]
     table = as_frame(cells(), dict.fromkeys(at, pl.String), limit)
     if bad:
-        print(f"{path}: {len(bad):,} rows with more cells than the header were skipped, first row {bad[0]}; "
+        print(f"{path}: rows with more cells than the header were skipped: {len(bad):,}, first row {bad[0]}; "
               "quote cells that hold a separator", file=sys.stderr)
     return table
 
@@ -1166,6 +1221,8 @@ def scan_table(path, image_col=None, prompt_col=None, need=("image", "prompt"), 
     """A table or a locator of one -> DataFrame of ROW, image a full path, locator or null; need: columns that must be
     there. Raises BadTable."""
     suffix = os.path.splitext(str(path))[1].lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise BadTable("no kind of file that is read; give a CSV, TSV, Parquet, JSONL or JSON, a folder, zip or tar")
     read = read_parquet if suffix == ".parquet" else read_csv if suffix in (".csv", ".tsv") else read_json
     try:
         table = as_rows(read(path, image_col, prompt_col, need, limit), source or Path(str(path)).stem)
@@ -1230,10 +1287,12 @@ def walk(place, left):
             print(f"{place / inside}: left out, because clean.py made it", file=sys.stderr)
             continue
         for entry in entries:
-            if entry.is_dir():
+            kind = os.path.isdir(entry) - 2 * os.path.isfile(entry) if entry.is_symlink() else (  # may be a loop
+                entry.is_dir() - 2 * entry.is_file())
+            if kind == 1:
                 todo += [f"{inside}{entry.name}/"] * (not entry.name.startswith("."))
                 left.update(["hidden folder"] * entry.name.startswith("."))
-            elif entry.is_file():
+            elif kind == -2:
                 found.append(inside + entry.name)
             else:
                 left["pipe, device or broken link"] += 1
@@ -1249,8 +1308,7 @@ def sidecar_keys(name, tar):
 
 
 def is_tags(text):
-    items = text.split(",")
-    return len(items) > 2 and len(text.split()) < 3 * len(items)
+    return len(text.split()) < 3 * len(text.split(","))
 
 
 def read_sidecars(names, images, tar, read, left):
@@ -1273,7 +1331,7 @@ def read_sidecars(names, images, tar, read, left):
             table[key] = None if key.endswith("\0") and key in table else content  # of two texts neither
         if not keys and suffix.lower() == ".json":
             folder = os.path.dirname(sidecar_keys(name, False)[0])
-            for record in json_pairs(content):
+            for record in json_pairs(content, lambda name: True):
                 image = next((v for k, v in record.items() if k.lower() in IMAGE_COLUMNS), None)
                 if isinstance(image, str):
                     image = unicodedata.normalize("NFC", image.replace("\\", "/"))
@@ -1305,23 +1363,27 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None, c
             except ARCHIVE_ERRORS as e:
                 print(f"{place / name}: left out, not a readable archive ({reason(e)})", file=sys.stderr)
         elif suffix in TABLE_SUFFIXES[:-1]:
-            try:
-                wants = [w for w in need if w != "prompt" or "image" not in need]
-                frames.append(scan_table(prefix + name, *columns, wants, source, limit))
-            except BadTable as e:
-                left[f"{name}: {e}"] += 1
+            for wants in (need, ["image"] if "image" in need else need):  # images without prompts are images, too
+                try:
+                    frames.append(scan_table(prefix + name, *columns, wants, source, limit))
+                    break
+                except BadTable as e:
+                    left[f"{name}: {e}"] = 1
         elif not is_image(name) and suffix not in (".json", ".txt", ".caption") and not Path(name).name.startswith("."):
             plugin = PLUGINS.get(suffix)
             left[(suffix or "file without a suffix") + (f" (pip install {plugin})" if plugin else "")] += 1
     table = pl.concat([*frames, as_rows(pl.DataFrame(), source)])
     table = table.with_columns(image=pl.coalesce(find_images(table["image"]), "image"))
     listed, images = dict(table.select("image", "prompt").iter_rows()), [n for n in names if is_image(n)]
-    sidecars = read_sidecars(names, images[:limit], tar, read, left)
+    sidecars = read_sidecars(names, images[:limit], tar, read, Counter() if limit else left)
 
     def find(name, image):  # the prompt of an image that no table knows
         texts = [next((found[k] for k in sidecar_keys(name, tar) if found.get(k)), None) for found in sidecars.values()]
         tags = texts.pop() if isinstance(texts[-1], str) and is_tags(texts[-1]) else None
-        return first_prompt(texts, left) or first_prompt([*image_carriers(image), tags], left)
+        weak = texts[1]  # a JSON may describe anything
+        if isinstance(weak, dict):
+            texts[1] = {k: v for k, v in weak.items() if k.lower() not in ("text", "description")}
+        return first_prompt(texts, left) or first_prompt([*image_carriers(image), weak, tags], left)
     for name in images[:limit]:
         if prefix + name not in listed:
             row = prefix + name, find(name, prefix + name)
@@ -1349,7 +1411,7 @@ def read_source(path, source=None, image_col=None, prompt_col=None, need=("image
         mine = Counter()
         rows = read_place(path, source, need, limit, mine, (image_col, prompt_col))
     except ARCHIVE_ERRORS as e:
-        sys.exit(f"{path}: not a readable archive ({reason(e)}); fetch it again")
+        sys.exit(f"{path}: {'cannot be read' if path.is_dir() else 'not a readable archive'} ({reason(e)})")
     if mine:
         print(f"{path}: not read: {list_counts(mine)}", file=sys.stderr)
     left.update(mine)
@@ -1559,7 +1621,7 @@ class Funnel:  # the rows that are left, and those that each rule dropped
         self.steps.append({"rule": rule, "removed": int(gone.sum()), "left": len(self.left)})
         if not len(self.left):
             counts = ", ".join(f"{s['rule']}: {s['removed']:,}" for s in self.steps if s["removed"])
-            if rule == "no prompt":
+            if rule in ("no prompt", "blank"):
                 there = f"; not read: {list_counts(self.unread)}" if self.unread else ""
                 sys.exit(f"no row survives ({counts}): no prompt in a table, in a .caption, .json or .txt beside the "
                          f"image, or in the image itself{there}; name a table's column with --prompt-col")

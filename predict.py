@@ -25,8 +25,8 @@ from PIL import ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from clean import (BadImage, atomic, encode_cached, find_images, is_archive, is_image, is_table, list_counts, make_parser,
-                   open_rgb, read_data, read_source, read_table, reason, sha256, top_k, walk)
+from clean import (BadImage, atomic, encode_cached, find_images, is_archive, is_image, is_table, list_counts,
+                   make_parser, open_rgb, read_data, read_source, read_table, reason, sha256, top_k, walk)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
                    make_loader, pick_device, pick_precision, split_batches, to_square)
 

@@ -197,7 +197,8 @@ def test_tables_and_sidecars_in_folders_and_archives(cleaned, tmp_path, how, whe
 
 CAT, LONG, DOG, MAN = "a red cat drinks tea", "a red cat drinks tea now", "a big dog eats cake", "a fat man sells books"
 RULES = {  # flags: prompts, the rule that drops each (None: it stays), and more columns
-    "": [(None, "no prompt"), ("  \t ", "blank"), ("NaN", "blank"), ("a red cat", "too short"), ("word " * 71, "too long"),
+    "": [(None, "no prompt"), ("  \t ", "blank"), ("NaN", "blank"), ("a red cat", "too short"),
+         ("word " * 71, "too long"),
          ("a cat on a mat " + "1234567890" * 8, "too many tokens"), ("рыжий кот сидит на столе", "characters"),
          ("1234 5678 !!! 1 ... 90 90", "characters"), ("but one \ufffd", "undecodable"),
          ("naïve façade über alles in señor's house", None),
@@ -547,10 +548,12 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
     bare = put(tmp_path / "bare", {"0.png": png(), "1.png": png(), "2.heic": b"x"})
     alike = table([{"image": "0.png", "prompt": p} for p in ("one two red six ten", "one two red six")], "alike.csv")
     for args, match in [
-            ([tmp_path / "empty.csv"], "no rows"), ([tmp_path / "head.csv"], "no rows"), ([good, "--limit", 0], "--limit 0"),
+            ([tmp_path / "empty.csv"], "no rows"), ([tmp_path / "head.csv"], "no rows"),
+            ([good, "--limit", 0], "--limit 0"),
             ([tmp_path / "lie.zip"], "not a readable archive"), ([tmp_path / "bytes.parquet"], "image holds Int64"),
             ([tmp_path / "fields.parquet"], r"has the fields en, de; pick one: --prompt-col prompt\.en$"),
-            ([tmp_path / "pipe.csv"], "not a regular file"), ([bare], r"\(no prompt: 2\): .* read: 1 × \.heic \(pip inst"),
+            ([tmp_path / "pipe.csv"], "not a regular file"),
+            ([bare], r"\(no prompt: 2\): .* read: 1 × \.heic \(pip inst"),
             (["none.csv"], "no such file"), ([table([{"text": "b"}], "b.csv")], "no column for the image.*--text-only"),
             ([hollow], "no image and no table"), ([good, "--prompt-col", "words"], "no column words among: image"),
             ([good, "--threshold", 0], "--threshold 0.0"), ([good, "--val-fraction", 1], "--val-fraction 1.0"),

@@ -2,15 +2,21 @@
 Two checkouts of this project against each other, in turns, so that whatever else the machine does meets both.
 $ git worktree add ../old COMMIT && python tests/bench/compare.py ../old . --rounds 3
 Each job runs as a command of its own in each checkout, on the same data: dedup (keep_one on synthetic clusters), lp and
-ft (demo images; ViT-B-32 with random weights for predict). Prints seconds, the ratio old / new (above 1: the new one is
+ft (demo images; ViT-B-32 with random weights for predict), and reading 2,000,000 rows of DiffusionDB's metadata, 100,000
+PNGs with .txt, or without. Prints seconds, the ratio old / new (above 1: the new one is
 faster) and peak memory.
 """
 import argparse
+import base64
 import json
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import polars as pl
 
 RUN = """
 import json, resource, runpy, sys, time
@@ -29,6 +35,13 @@ clean.keep_one(x[:2000], .85)
 start = time.perf_counter()
 clean.keep_one(x, .85)
 """
+READ = """
+import clean
+from pathlib import Path
+start = time.perf_counter()
+clean.read_source(Path(code))
+"""
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNkYAAAAAYAAjCB0C8AAAAASUVORK5CYII="
 SCRIPT = """
 sys.argv = code.split()
 try:
@@ -40,12 +53,27 @@ except SystemExit as e:
 
 def run(checkout, job):
     """-> {"seconds", "gib"} of one job in one checkout."""
-    body, code = (DEDUP, job.split()[1]) if job.startswith("dedup") else (SCRIPT, job)
+    kind, _, code = job.partition(" ")
+    body, code = (DEDUP, code) if kind == "dedup" else (READ, code) if kind == "read" else (SCRIPT, job)
     command = [sys.executable, "-c", RUN.format(body=body.strip()), str(Path(__file__).resolve().parent), code]
     done = subprocess.run(command, cwd=checkout, text=True, capture_output=True)
     if done.returncode:
         sys.exit(f"{checkout}: {job}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw_inputs(folder):
+    """2M rows of metadata; 100,000 PNGs with .txt, and without"""
+    words = "castle river stone cloud piano tiger violet winter oil painting of a the".split()
+    rng, data = random.Random(0), base64.b64decode(PNG)
+    texts = [" ".join(rng.choices(words, k=20)) for _ in range(100_000)]
+    for kind in ("metadata", "txt", "png"):
+        (folder / kind).mkdir(parents=True)
+    for i, text in enumerate(texts):
+        (folder / f"txt/{i}.png").write_bytes(data), (folder / f"png/{i}.png").write_bytes(data)
+        (folder / f"txt/{i}.txt").write_text(text)
+    table = pl.DataFrame({"image_name": [f"{i}.png" for i in range(2_000_000)], "prompt": texts * 20})
+    table.with_columns(part_id=pl.int_range(pl.len()) // 1000 + 1).write_parquet(folder / "metadata/metadata.parquet")
 
 
 def main():
@@ -60,7 +88,11 @@ def main():
             "lp": "train.py --phase lp --out runs/bench-lp --overwrite",
             "ft": "train.py --phase ft --init runs/bench-lp --out runs/bench-ft --overwrite --epochs 2",
             "predict": "predict.py --run runs/bench-vit --tta 2 --out preds/bench.npz --overwrite"}
-    for checkout in (args.old, args.new):
+    inputs = Path(tempfile.gettempdir()) / "image2prompt-bench"
+    jobs |= {kind: f"read {inputs / kind}" for kind in ("metadata", "txt", "png")}
+    if not inputs.exists() and {*args.jobs} & {"metadata", "txt", "png"}:
+        draw_inputs(inputs)
+    for checkout in (args.old, args.new) if {*args.jobs} - {"dedup", "metadata", "txt", "png"} else ():
         if not (checkout / "data/demo/summary.json").is_file():
             run(checkout, "clean.py")
         if "predict" in args.jobs and not (checkout / "runs/bench-vit/lp/best.safetensors").is_file():
