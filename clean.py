@@ -765,7 +765,8 @@ def image_carriers(file):
         dream = re.match(r'\s*"(.*?)(?<!\\)"|(.*?)(?: -\w|$)', str(info["Dream"]))
         found.append(dream[1] or dream[2])
     make, comment = exif.get(0x010f), info.get("comment", b"")  # ComfyUI writes its graph into Make or Model
-    told = [info.get("Comment"), comment if isinstance(comment, str) else decode_text(comment), make, exif.get(0x0110)]
+    comment = decode_text(comment) if isinstance(comment, bytes) else comment
+    told = filter(None, (info.get("Comment"), comment, make, exif.get(0x0110)))
     found += [t for t in told if "{" in str(t) or KNOWN.search(str(t))]  # others say what program made the file
     found += [user_comment(more.get(0x9286) or exif.get(0x9286)), info.get("Description")]
     camera = 0x829a in more or make and "{" not in str(make)
@@ -1314,12 +1315,11 @@ def is_tags(text):
 def read_sidecars(names, images, tar, read, left):
     """The .caption, .json and .txt files of a place -> {suffix: {key of an image: text or parsed JSON}}."""
     found = {".caption": {}, ".json": {}, ".txt": {}}
-    owners = {key for name in images for key in sidecar_keys(name, tar)}
+    names = [n for n in names if os.path.splitext(n)[1].lower() in found]
+    owners = {key for name in images for key in sidecar_keys(name, tar)} if names else set()
     for name in names:
         base, suffix = os.path.splitext(name)
-        table = found.get(suffix.lower())
-        if table is None:
-            continue
+        table = found[suffix.lower()]
         keys = [k for k in sidecar_keys(name, tar)[1:] if k in owners]
         try:
             content = decode_text(read(name)) if keys or suffix.lower() == ".json" else None
@@ -1378,7 +1378,8 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None, c
     sidecars = read_sidecars(names, images[:limit], tar, read, Counter() if limit else left)
 
     def find(name, image):  # the prompt of an image that no table knows
-        texts = [next((found[k] for k in sidecar_keys(name, tar) if found.get(k)), None) for found in sidecars.values()]
+        keys = sidecar_keys(name, tar) if any(sidecars.values()) else ()
+        texts = [next((found[k] for k in keys if found.get(k)), None) for found in sidecars.values()]
         tags = texts.pop() if isinstance(texts[-1], str) and is_tags(texts[-1]) else None
         weak = texts[1]  # a JSON may describe anything
         if isinstance(weak, dict):
