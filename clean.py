@@ -1413,7 +1413,7 @@ def read_source(path, source=None, image_col=None, prompt_col=None, need=("image
         rows = read_place(path, source, need, limit, mine, (image_col, prompt_col))
     except ARCHIVE_ERRORS as e:
         sys.exit(f"{path}: {'cannot be read' if path.is_dir() else 'not a readable archive'} ({reason(e)})")
-    if mine:
+    if mine and len(rows):
         print(f"{path}: not read: {list_counts(mine)}", file=sys.stderr)
     left.update(mine)
     return rows

@@ -424,6 +424,8 @@ def check_args(args):
                            ("blend_neighbors", 0, 1)):
         if not low <= (getattr(args, key) or 0) <= high:
             sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low}, {high:g}]")
+    if args.limit is not None and args.limit < 1:
+        sys.exit(f"--limit {args.limit}: must be above 0")
     if args.corpus and not Path(args.corpus).exists():
         sys.exit(f"--corpus {args.corpus}: no such file or folder")
 
@@ -432,7 +434,11 @@ def read_input(args, meta, device):
     """-> ids, paths, names in the report, and where known prompts, targets, groups"""
     if args.images:
         ids, paths, prompts = list_images(args.images, args.image_col, args.prompt_col, args.limit)
-        targets = encode_cached(prompts, meta["text_model"]["name"], device) if prompts else None
+        targets = None
+        try:
+            targets = encode_cached(prompts, meta["text_model"]["name"], device) if prompts else None
+        except SystemExit as e:  # Kaggle has no encoder, and a submission needs none
+            print(f"no cosine to the images' prompts: {e}", file=sys.stderr)
         return ids, paths, ids, prompts, targets, None
     pairs, paths, targets, unchanged = read_validation(meta)
     if not unchanged:
