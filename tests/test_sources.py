@@ -87,6 +87,8 @@ GRAPH = {"3": K, "6": text(A), "7": text("bad hands"), "5": node("EmptyLatentIma
       "11": node("KSampler", positive="=8", latent_image="=5"), "8": text(B)}, A),
     ({"12": node("KSampler", positive="=8", latent_image="=13"), "13": node("LatentUpscale", samples="=3"),
       "8": text("sharp"), "9": node("SaveImage", images="=12")}, A),
+    ({"9": node("KSampler", positive="=8", latent_image="=16"), "8": text("sharp"), "16": node("VAEEncode", pixels="=15"),
+      "15": node("LoadImage", image="x.png")}, A),  # an image of its own is no composition
     ({"5": node("VAEEncode", pixels="=15"), "15": node("LoadImage", image="x.png")}, A),
     ({"6": node("ConditioningCombine", conditioning_1="=6", conditioning_2="=6")}, "loop"),
     ({"3": node("SaveImage", images="=5")}, "no sampler")])
@@ -170,6 +172,8 @@ TABLES = {  # name: content, flags
     "semi.csv": [f"image;prompt\n0.png;{A}\n1.png;{B}\n"], "pipe.csv": [f"prompt|image\r\n{A}|0.png\r\n{B}|1.png"],
     "tab.csv": [f"image\tprompt\n0.png\t{A}\n1.png\t{B}\n"], "x.tsv": [f"image\tprompt\n0.png\t{A}\n1.png\t{B}\n"],
     "space.csv": [f'image, prompt\n0.png, "{A}"\n1.png, {B}\n'], "long.csv": [CSV + "2.png,one, too many\n"],
+    "escape.csv": [f'image,note,prompt\n0.png,"x \\"y\\", z","{A}"\n1.png,x,{B}\n'],
+    "quotes.tsv": [f'image\tnote\tprompt\n0.png\t"x\t{A}\n1.png\t"y" z\t{B}\n'],
     "info.csv": ["image,prompt\n0.png,\"" + A + RUN.replace('"', '""') + f'"\n1.png,{B}\n'],
     "x.json": [json.dumps(ROWS, indent=1)], "dict.json": [json.dumps({"0.png": A, "1.png": {"caption": B}})],
     "data.json": [json.dumps({"version": 1, "data": ROWS})], "lines.json": [LINES],
@@ -245,6 +249,7 @@ PLACES = {  # name: files of a folder or archive; what is said of those that are
     "table": [{"im/0.png": RED, "im/1.png": BLUE, "a.csv": f'image,prompt\nim\\0.png,"{A}"\nim/1.png,{B}\n'}],
     "blank cell": [{"0.png": TOLD, "1.png": BLUE, "t.csv": f"image,prompt\n0.png,\n1.png,{B}\n"}],
     "no prompt column": [{"0.png": TOLD, "1.png": BLUE, "t.csv": "image,score\n0.png,1\n1.png,2\n", "1.txt": B}],
+    "embedded": [{"t.parquet": parquet(image=[{"bytes": TOLD, "path": "0.png"}]), "1.png": BLUE, "1.txt": B}],
     "other table": [{**TXT, "s.csv": "id,score\n1,2\n"}, "s.csv: no column for the image among: id, score"],
     "meta.json": [{**PAIR, "meta.json": json.dumps({"0": {"caption": A}, "1.png": B})}],
     "unicode": [{f"{NFD}.png": RED, f"{NFC}.txt": A, "1.png": BLUE, "1.txt": B}],
@@ -260,6 +265,7 @@ PLACES = {  # name: files of a folder or archive; what is said of those that are
     "hub.zip": [{"data/t.parquet": parquet(image=CELLS, text=[A, B])}],
     "dots.tar": [{"0.in.png": RED, "0.out.txt": A, "1.x.png": BLUE, "1.json": json.dumps({"caption": B})}],
     "exact.tar": [{"a.png": RED, "a.txt": A, "a.b.png": BLUE, "a.b.txt": B}],
+    "ambiguous.tar": [{**TXT, "s.a.png": png(), "s.b.txt": "one red text", "s.c.txt": "another red text"}],
     "plain.tar": [{"s.0.png": RED, "s.0.txt": A, "s.1.png": BLUE, "s.1.txt": B}],
     **{f"x.tar.{c}": [TXT] for c in ("gz", "bz2", "xz")}}
 
@@ -283,4 +289,4 @@ def test_places(tmp_path, capsys, name):
     said = capsys.readouterr().err
     assert all(t in said for t in told), said
     ids, paths, prompts = predict.list_images([str(place)])
-    assert len(ids) == 2 and sorted(prompts) == [A, B] and all(clean.open_rgb(p).size == (32, 24) for p in paths)
+    assert name == "ambiguous.tar" or len(ids) == 2 and sorted(prompts) == [A, B] and all(clean.open_rgb(p).size == (32, 24) for p in paths)
