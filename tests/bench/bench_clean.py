@@ -66,8 +66,6 @@ def main():
     p.add_argument("--rows", type=int, nargs="+", default=[25_000, 50_000, 100_000], help="how many")
     p.add_argument("--threshold", type=float, default=0.85)
     p.add_argument("--synthetic", action="store_true", help="clusters even where the real prompts are there")
-    p.add_argument("--public", type=int, default=25_000, help="most rows for the public recipe, which is slow")
-    p.add_argument("--brute", type=int, default=50_000, help="most rows for brute force, which is slower")
     args = p.parse_args()
     if PROMPTS.is_file() and not args.synthetic:
         prompts = clean.repair(pl.read_parquet(PROMPTS)["prompt"]).unique(maintain_order=True)
@@ -79,7 +77,7 @@ def main():
     ours(x[:2000], args.threshold)  # warm up
     for n in args.rows:
         kept, seconds = {}, {}
-        for method in (ours, *[public] * (n <= args.public), *[brute] * (n <= args.brute)):
+        for method in (ours, *[public] * (n <= 25_000), *[brute] * (n <= 50_000)):  # which are slow
             start = time.perf_counter()
             kept[method] = method(x[:n], args.threshold)
             seconds[method] = time.perf_counter() - start
