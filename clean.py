@@ -1223,7 +1223,7 @@ def scan_table(path, image_col=None, prompt_col=None, need=("image", "prompt"), 
     there. Raises BadTable."""
     suffix = os.path.splitext(str(path))[1].lower()
     if suffix not in TABLE_SUFFIXES:
-        raise BadTable("no kind of file that is read; give a CSV, TSV, Parquet, JSONL or JSON, a folder, zip or tar")
+        raise BadTable("no kind of table that is read; give CSV, TSV, Parquet, JSONL or JSON")
     read = read_parquet if suffix == ".parquet" else read_csv if suffix in (".csv", ".tsv") else read_json
     try:
         table = as_rows(read(path, image_col, prompt_col, need, limit), source or Path(str(path)).stem)
@@ -1372,7 +1372,7 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None, c
         elif not is_image(name) and suffix not in (".json", ".txt", ".caption") and not Path(name).name.startswith("."):
             plugin = PLUGINS.get(suffix)
             left[(suffix or "file without a suffix") + (f" (pip install {plugin})" if plugin else "")] += 1
-    table = pl.concat([*frames, as_rows(pl.DataFrame(), source)])
+    table = pl.concat([*frames, pl.DataFrame(schema=ROW)])
     table = table.with_columns(image=pl.coalesce(find_images(table["image"]), "image"))
     listed, images = dict(table.select("image", "prompt").iter_rows()), [n for n in names if is_image(n)]
     sidecars = read_sidecars(names, images[:limit], tar, read, Counter() if limit else left)
