@@ -58,6 +58,7 @@ MAX_RATIO = 200          # ... and how many times its packed size: more (deflate
 CHUNK = 2048             # prompts encoded between two writes to the cache: what a kill -9 can cost
 MAX_HEADER = 1 << 20     # bytes of one tar header, long names and all
 MAX_PROMPT = 10_000      # characters; no image was made from more, and a tokenizer takes minutes over a megabyte
+MAX_ROWS = 20_000_000    # of a Parquet file, where a few bytes can claim billions; DiffusionDB Large has 14 million
 BLOCK = 64               # rows of a Parquet image column in memory
 TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json"
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
@@ -1032,6 +1033,8 @@ def find_column(kinds, what, wanted, need):
 def read_parquet(path, image_col, prompt_col, need, limit):
     """-> DataFrame with columns of ROW, image a path or a locator. Raises BadTable, TABLE_ERRORS."""
     scan = pl.scan_parquet(open_bytes(path))
+    if not limit and scan.select(pl.len()).collect().item() > MAX_ROWS:
+        raise BadTable(f"more than {MAX_ROWS:,} rows; split it, or read its start with --limit")
     types, columns = scan.collect_schema(), {}
     kinds = {c: cell_kind(t) for c, t in types.items()}
     for what, wanted in (("image", image_col), ("prompt", prompt_col)):

@@ -544,6 +544,7 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
     closed = hollow if os.geteuid() else Path("/sys/kernel")  # permission bits do not stop root
     pl.DataFrame({"image": [1], "prompt": ["a"]}).write_parquet(tmp_path / "bytes.parquet")
     pl.DataFrame({"image": ["a"], "prompt": [{"en": "a", "de": "b"}]}).write_parquet(tmp_path / "fields.parquet")
+    pl.select(prompt=pl.repeat("a", 20_000_001)).write_parquet(tmp_path / "many.parquet")
     os.mkfifo(tmp_path / "pipe.csv")
     bare = put(tmp_path / "bare", {"0.png": png(), "1.png": png(), "2.heic": b"x"})
     alike = table([{"image": "0.png", "prompt": p} for p in ("one two red six ten", "one two red six")], "alike.csv")
@@ -551,6 +552,7 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
             ([tmp_path / "empty.csv"], "no rows"), ([tmp_path / "head.csv"], "no rows"),
             ([good, "--limit", 0], "--limit 0"),
             ([tmp_path / "lie.zip"], "not a readable archive"), ([tmp_path / "bytes.parquet"], "image holds Int64"),
+            ([tmp_path / "many.parquet", "--text-only"], "more than 20,000,000 rows"),
             ([tmp_path / "fields.parquet"], r"has the fields en, de; pick one: --prompt-col prompt\.en$"),
             ([tmp_path / "pipe.csv"], "not a regular file"),
             ([bare], r"\(no prompt: 2\): .* read: 1 × \.heic \(pip inst"),
