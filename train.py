@@ -232,7 +232,8 @@ def make_backbone(args):
             spec["config"] = {k: config[k] for k in ("embed_dim", "vision_cfg")}
         except Exception as e:  # the hub, and somebody's JSON
             what = name if ":" in name else f"{name} --pretrained {chosen}"
-            sys.exit(f"--model {what}: cannot be found or read ({reason(e)})")
+            sys.exit(f"--model {what}: cannot be found or read ({reason(e)}); check the name and the network, or give a "
+                     "folder (local-dir:PATH) or a weights file")
         if tag and not file:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} (it has {tags})")
