@@ -1291,12 +1291,11 @@ def walk(place, left):
             print(f"{place / inside}: left out, because clean.py made it", file=sys.stderr)
             continue
         for entry in entries:
-            kind = os.path.isdir(entry) - 2 * os.path.isfile(entry) if entry.is_symlink() else (  # may be a loop
-                entry.is_dir() - 2 * entry.is_file())
-            if kind == 1:
+            link = entry.is_symlink()  # perhaps to itself, which os.path does not mind
+            if os.path.isdir(entry) if link else entry.is_dir():
                 todo += [f"{inside}{entry.name}/"] * (not entry.name.startswith("."))
                 left.update(["hidden folder"] * entry.name.startswith("."))
-            elif kind == -2:
+            elif os.path.isfile(entry) if link else entry.is_file():
                 found.append(inside + entry.name)
             else:
                 left["pipe, device or broken link"] += 1
