@@ -232,17 +232,17 @@ def open_archive(path, pid):
 
 @lru_cache(maxsize=2)
 def read_block(table, column, number):
-    """BLOCK rows of an image column of a Parquet file -> Series. Raises TABLE_ERRORS."""
-    return pl.scan_parquet(open_bytes(table)).select(column).slice(number * BLOCK, BLOCK).collect().to_series()
+    """BLOCK rows of an image column of a Parquet file, "" being the usual one -> Series. Raises TABLE_ERRORS."""
+    scan = pl.scan_parquet(open_bytes(table))
+    column = column or pick_column({c: cell_kind(t) for c, t in scan.collect_schema().items()}, "image")
+    return scan.select(column).slice(number * BLOCK, BLOCK).collect().to_series()
 
 
 def open_cell(table, cell):
     """A cell, "17" or "17::column" (in JSONL of the line at byte 17) -> its image as a file, or the path in it."""
     at, _, column = cell.partition("::")
     if table.lower().endswith(".parquet"):
-        kinds = {c: cell_kind(t) for c, t in pl.read_parquet_schema(open_bytes(table)).items()} if not column else {}
-        rows = read_block(table, column or pick_column(kinds, "image"), int(at) // BLOCK)
-        value = rows[int(at) % BLOCK]
+        value = read_block(table, column, int(at) // BLOCK)[int(at) % BLOCK]
     else:
         with open(table, "rb") as f:
             f.seek(int(at))
@@ -642,7 +642,7 @@ def cut_settings(text):
                 i -= 1  # SD.Next writes other keys before Steps
             return "\n".join(lines[:i])
     # all on one line, as in a cell of a table
-    prompt, negative, rest = text.partition(NEGATIVE.search(text)[0]) if NEGATIVE.search(text) else (text, "", "")
+    prompt, *negative = NEGATIVE.split(text, maxsplit=1)
     if count_settings(text) > (1 if negative else 2):
         return (prompt if negative else text[:KNOWN.search(text).start()]).rstrip(" ,\n")
     return text
@@ -663,9 +663,9 @@ def find_prompt(found):
         return found["c"]
     for key in JSON_KEYS:
         value = found.get(key)
-        carrier = isinstance(value, dict) or str(value).startswith("{") or count_settings(str(value)) > 1
-        if key in INSIDE and not carrier:
-            continue
+        if key in INSIDE and not isinstance(value, dict):
+            if not str(value).startswith("{") and count_settings(str(value)) < 2:
+                continue
         if prompt := find_prompt(value):
             return prompt
     return None
@@ -796,13 +796,18 @@ def user_comment(value):
     return texts[(odd[1], blocks[1]) < (odd[0], blocks[0])]
 
 
+def encodable(text):
+    """Half a surrogate pair, as JSON and the names of files may have, -> a question mark."""
+    return text.encode("utf8", "replace").decode()
+
+
 def first_prompt(carriers, left):
     """The first prompt that carriers (texts and parsed JSON) hold, or None; `left` counts what could not be told."""
     why = []
     for carrier in carriers:
         try:
             if carrier and (prompt := find_prompt(carrier)):
-                return prompt.encode("utf8", "replace").decode()  # JSON may hold half a surrogate pair
+                return encodable(prompt)
         except (NoPrompt, RecursionError) as e:
             why.append(f"image without a prompt: {e}")
     left.update(why[:1])
@@ -1089,11 +1094,14 @@ def load_json(text):
         return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
+def image_key(record):
+    """The key of a JSON record's image, or None."""
+    return next((k for k in record if k.lower() in IMAGE_COLUMNS), None) if isinstance(record, dict) else None
+
+
 def json_pairs(found, names=is_image):
     """Parsed JSON with a list of records, columns, COCO's captions, or {image: prompt or record}; names says which keys
     are images -> list of records."""
-    def has_image(record):
-        return isinstance(record, dict) and any(k.lower() in IMAGE_COLUMNS for k in record)
     if isinstance(found, dict):
         columns, rows = found.get("columns"), found.get("data")
         if isinstance(columns, list) and isinstance(rows, list):  # pandas, split
@@ -1102,9 +1110,9 @@ def json_pairs(found, names=is_image):
             files = {str(r.get("id")): r.get("file_name") for r in found["images"] if isinstance(r, dict)}
             notes = [r for r in found["annotations"] if isinstance(r, dict)]
             return [{"image": files.get(str(r.get("image_id"))), "prompt": r.get("caption")} for r in notes]
-        lists = [v for v in found.values() if isinstance(v, list) and v and has_image(v[0])]
-        image = next((v for k, v in found.items() if k.lower() in IMAGE_COLUMNS), None)
-        if lists or found and all(map(has_image, found.values())):
+        lists = [v for v in found.values() if isinstance(v, list) and v and image_key(v[0])]
+        image = found.get(image_key(found))
+        if lists or found and all(map(image_key, found.values())):
             return json_pairs(lists[0] if lists else [*found.values()])
         if isinstance(image, (list, dict)) and not (isinstance(image, dict) and {"bytes", "path"} & image.keys()):
             keys = [*image] if isinstance(image, dict) else range(len(image))  # column by column
@@ -1146,8 +1154,7 @@ def read_json(path, image_col, prompt_col, need, limit):
         text = text.get(field) if field and isinstance(text, dict) else text
         where, name = image_cell(record.get(image), f"{path}::{at}{end}", str(n))
         found = [where, text, name, *map(record.get, [*schema][3:])]
-        # JSON may hold half a surrogate pair
-        found = [v.encode("utf8", "replace").decode() if isinstance(v, str) else v for v in found]
+        found = [encodable(v) if isinstance(v, str) else v for v in found]
         return [v if isinstance(v, str) == (t == pl.String) else None for v, t in zip(found, schema.values())]
     return as_frame((cells(*r) for r in itertools.chain(start, records)), schema, limit)
 
@@ -1170,12 +1177,12 @@ def sniff_csv(data, known, separators):
     """-> the separator and dialect that csv.reader needs. A file whose rows are all as long as its header has been
     understood; else csv.reader's defaults stand."""
     start = data.lstrip()[:1 << 20]
-    headers = {s: [c.strip().lower() for c in next(csv_reader(start, s), [])] for s in separators}
-    separator = max(headers, key=lambda s: (len(known.intersection(headers[s])), len(headers[s])))
+    headers = {s: next(csv_reader(start, s), []) for s in separators}
+    separator = max(headers, key=lambda s: (len({c.strip().lower() for c in headers[s]} & known), len(headers[s])))
     dialects = [{"strict": True}] * (b'"' in data)
     if b'\\"' in data or f"\\{separator}".encode() in data:
         dialects.append({"escapechar": "\\"})
-    if any(c.startswith(" ") for c in next(csv_reader(start, separator), [])):
+    if any(c.startswith(" ") for c in headers[separator]):
         dialects.append({"skipinitialspace": True})
     for dialect in dialects + [{"quoting": csv.QUOTE_NONE}] * (separator == "\t"):
         with suppress(csv.Error):
@@ -1334,7 +1341,7 @@ def read_sidecars(names, images, tar, read, left):
         if not keys and suffix.lower() == ".json":
             folder = os.path.dirname(sidecar_keys(name, False)[0])
             for record in json_pairs(content, lambda name: True):
-                image = next((v for k, v in record.items() if k.lower() in IMAGE_COLUMNS), None)
+                image = record.get(image_key(record))
                 if isinstance(image, str):
                     image = unicodedata.normalize("NFC", image.replace("\\", "/"))
                     keys.append(os.path.normpath(os.path.join(folder, image)))
@@ -1365,7 +1372,8 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None, c
             except ARCHIVE_ERRORS as e:
                 print(f"{place / name}: left out, not a readable archive ({reason(e)})", file=sys.stderr)
         elif suffix in TABLE_SUFFIXES[:-1]:
-            for wants in (need, ["image"] if "image" in need else need):  # images without prompts are images, too
+            bare = [w for w in need if w != "prompt"]  # images without prompts are images, too
+            for wants in (need, bare) if "prompt" in need and bare else (need,):
                 try:
                     frames.append(scan_table(prefix + name, *columns, wants, source, limit))
                     break
@@ -1376,7 +1384,7 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None, c
             left[(suffix or "file without a suffix") + (f" (pip install {plugin})" if plugin else "")] += 1
     table = pl.concat([*frames, pl.DataFrame(schema=ROW)])
     table = table.with_columns(image=pl.coalesce(find_images(table["image"]), "image"))
-    listed, images = dict(table.select("image", "prompt").iter_rows()), [n for n in names if is_image(n)]
+    listed, images = set(table["image"]), [n for n in names if is_image(n)]
     sidecars = read_sidecars(names, images[:limit], tar, read, Counter() if limit else left)
 
     def find(name, image):  # the prompt of an image that no table knows
@@ -1390,7 +1398,7 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None, c
     for name in images[:limit]:
         if prefix + name not in listed:
             row = prefix + name, find(name, prefix + name)
-            rows.append([v and v.encode("utf8", "replace").decode() for v in row])  # names need not be UTF-8
+            rows.append([v and encodable(v) for v in row])
     blank = (table["prompt"].fill_null("").str.strip_chars() == "") & table["image"].is_not_null()
     found = [find(i.removeprefix(prefix), i) for i in table["image"].filter(blank)]
     table = table.with_columns(table["prompt"].scatter(blank.arg_true(), pl.Series(found, dtype=pl.String)))
