@@ -1179,15 +1179,18 @@ def sniff_csv(data, known, separators):
     start = data.lstrip()[:1 << 20]
     headers = {s: next(csv_reader(start, s), []) for s in separators}
     separator = max(headers, key=lambda s: (len({c.strip().lower() for c in headers[s]} & known), len(headers[s])))
-    dialects = [{"strict": True}] * (b'"' in data)
+    dialects = [{"strict": True}] * (b'"' in data or b"\\" in data)
     if b'\\"' in data or f"\\{separator}".encode() in data:
         dialects.append({"escapechar": "\\"})
     if any(c.startswith(" ") for c in headers[separator]):
         dialects.append({"skipinitialspace": True})
     for dialect in dialects + [{"quoting": csv.QUOTE_NONE}] * (separator == "\t"):
         with suppress(csv.Error):
-            if len({len(row) for row in csv_reader(data, separator, **{"strict": True, **dialect})}) == 1:
+            widths = {len(row) for row in csv_reader(data, separator, **{"strict": True, **dialect})}
+            if len(widths) == 1:
                 return separator, dialect
+            if separator != "\t" and min(widths, default=0) < len(headers[separator]):
+                break  # escapes only join cells
     return separator, {}
 
 
