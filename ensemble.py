@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clean import atomic, make_parser
+from clean import atomic, make_parser, run
 from predict import (TTAModel, describe, find_rows, mean_and_error, order_for, predict, read_preds, read_validation,
                      refuse_existing, write_preds, write_submission)
 from train import find_checkpoint, load_model, pick_device, save_model
@@ -254,7 +254,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; nothing was written")
+    run(main, "nothing was written")

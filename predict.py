@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from clean import (BadImage, atomic, encode_cached, find_images, is_archive, is_image, is_table, list_counts,
-                   make_parser, open_rgb, read_data, read_source, read_table, reason, sha256, top_k, walk)
+                   make_parser, open_rgb, read_data, read_source, read_table, reason, run, sha256, top_k, walk)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
                    make_loader, pick_device, pick_precision, split_batches, to_square)
 
@@ -236,7 +236,7 @@ def load_corpus(source, text_model, device):
     """A data folder (its training rows, never the validation prompts) or a table -> prompts, embeddings (N, 384)"""
     if not Path(source).is_dir():
         prompts = read_table(source, need=("prompt",))["prompt"].drop_nulls().unique(maintain_order=True).to_list()
-        return prompts, encode_cached(prompts, text_model["name"], device)
+        return prompts, encode_cached(prompts, text_model["name"], device, sha=text_model["sha256"])
     pairs, targets, summary = read_data(source)
     if summary["text_model"] != text_model:
         sys.exit(f"{source}: its prompts are embedded by another model; give another --corpus")
@@ -279,10 +279,6 @@ def mean_and_error(values):
 
 def describe(cosines):
     return "{:.4f} ± {:.4f}".format(*mean_and_error(cosines))
-
-
-def printable(text):  # other people's text without control characters
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 # ----------------- the report
@@ -436,7 +432,8 @@ def read_input(args, meta, device):
         ids, paths, prompts = list_images(args.images, args.image_col, args.prompt_col, args.limit)
         targets = None
         try:
-            targets = encode_cached(prompts, meta["text_model"]["name"], device) if prompts else None
+            text = meta["text_model"]
+            targets = encode_cached(prompts, text["name"], device, sha=text["sha256"]) if prompts else None
         except SystemExit as e:  # Kaggle has no encoder, and a submission needs none
             print(f"no cosine to the images' prompts: {e}", file=sys.stderr)
         return ids, paths, ids, prompts, targets, None
@@ -520,16 +517,13 @@ def main():
     if neighbors and len(ids) <= FEW:
         print("nearest known prompts (neighbours, not the recovered prompt):")
         for path, near in zip(paths, neighbors):
-            print(printable(path), *(f"  {c:.3f}  {printable(p)}" for c, p in near), sep="\n")
+            print(path, *(f"  {c:.3f}  {p}" for c, p in near), sep="\n")
     for problem in filter(None, problems):
-        print(f"{printable(problem)}; it got the mean training embedding", file=sys.stderr)
+        print(f"{problem}; it got the mean training embedding", file=sys.stderr)
     if targets is not None:
         print(f"{'' if args.images else 'val '}cosine {describe(scores)} (n = {len(ids)}); "
               f"constant baseline {baseline:.4f}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; nothing was written")
+    run(main, "nothing was written")

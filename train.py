@@ -46,7 +46,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clean import BadImage, atomic, encode, has_bf16, load_encoder, make_parser, open_rgb, read_data, reason
+from clean import (BadImage, atomic, encode, has_bf16, load_encoder, make_parser, open_rgb, read_data,
+                   reason, run)
 
 FORMAT = 2
 SHARD = 2048  # images per file of frozen features: what a kill -9 can cost
@@ -777,7 +778,8 @@ def finetune(model, run, last=None):
     optimizer = torch.optim.AdamW(groups, fused=True)  # or any other of torch's kind
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "amp")
     models = {"raw": model} | ({"ema": copy.deepcopy(model).requires_grad_(False)} if args.ema else {})
-    encoder = load_encoder(data.summary["text_model"]["name"], device)[0] if args.mixgen else None
+    text = data.summary["text_model"]
+    encoder = load_encoder(text["name"], device, text["sha256"])[0] if args.mixgen else None
     batch, m = args.batch_size * args.accum_freq * world, round(args.mixgen * args.batch_size)
     per_epoch = len(data.train) // batch
     total = min(2, args.epochs * per_epoch) if args.dry_run else args.epochs * per_epoch  # the second is measured
@@ -1050,7 +1052,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; run the same command again (lp keeps its features)")
+    run(main, "run the same command again (lp keeps its features)")
