@@ -34,6 +34,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import unicodedata
 import warnings
 import zlib
@@ -41,7 +42,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
-from errno import EACCES, EDQUOT, EFBIG, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from functools import lru_cache, partial
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -60,6 +61,11 @@ MAX_HEADER = 1 << 20     # bytes of one tar header, long names and all
 MAX_PROMPT = 10_000      # characters; no image was made from more, and a tokenizer takes minutes over a megabyte
 MAX_ROWS = 20_000_000    # of a Parquet file, where a few bytes can claim billions; DiffusionDB Large has 14 million
 BLOCK = 64               # rows of a Parquet image column in memory
+RANGES = (  # low, high, flags
+    (1, 1e9, "min_words per_prompt max_tokens gen_steps gen_batch_size limit"), (0, 1e9, "max_words min_side max_side"),
+    (1, 1024, "workers"), (8, 65_500, "size"), (1e-9, 1e9, "threshold split_threshold"), (0, 0.99, "val_fraction"),
+    (0, 2**62, "seed"), (-1e9, 1e9, "max_nsfw gen_guidance"))
+CANNOT_WRITE = ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM, ENOTDIR, EEXIST, EISDIR, ENAMETOOLONG
 TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json"
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
 ARCHIVE_ERRORS = (OSError, ValueError, EOFError, RuntimeError, OverflowError, BadZipFile, tarfile.TarError, zlib.error,
@@ -68,7 +74,8 @@ TABLE_ERRORS = *ARCHIVE_ERRORS, csv.Error, pl.exceptions.PolarsError, pl.excepti
 IMAGE_COLUMNS = "image images image_path image_name img jpg png filepath file_name filename path".split()
 PROMPT_COLUMNS = "prompt text caption captions txt".split()
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
-NOT_IMAGES = "EPS WMF MPEG BUFR GRIB HDF5 FITS".split()  # Pillow's formats that run or need other programs
+FORMATS = "PNG JPEG WEBP AVIF JPEG2000 GIF BMP DIB TIFF TGA PPM PCX SGI HEIF JXL".split()  # Pillow's names; others
+# run programs (EPS), hold images of another size than they say (ICO, ICNS, PSD), or are decoded in Python
 STORED = r"images/[0-9a-f]{2}/[0-9a-f]{24}\.jpg"
 OURS = re.compile(r"(pairs|dropped)\.parquet|targets\.npy|summary\.json|funnel\.png|images/log\.jsonl|"
                   fr"{STORED}|.*\.tmp")  # the files of a data folder
@@ -85,6 +92,7 @@ SPLITS = "train", "val", "guard", "ood"
 PAIRS = {"image": pl.String, "prompt": pl.String, "split": pl.String, "group": pl.Int64, "origin": pl.String}
 SUMMARY = {"format": lambda v: v == FORMAT, "text_model": {"name": str, "sha256": str}, "hashes": dict,
            "recommend": dict}  # what is read again
+FACTS = {"file": lambda v: re.fullmatch(STORED, v), "bytes": int, "width": int, "height": int}  # of images/log.jsonl
 
 
 # ----------------------------------------- command line and files
@@ -124,7 +132,7 @@ def writing(path):
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError from an OSError
         cause = e if isinstance(e, OSError) else e.__context__
-        if getattr(cause, "errno", None) in (ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM, ENOTDIR, ENAMETOOLONG):
+        if getattr(cause, "errno", None) in CANNOT_WRITE:
             sys.exit(f"{path}: cannot be written ({cause.strerror}); what was there before is unchanged")
         raise
 
@@ -253,8 +261,8 @@ def image_formats():
         with suppress(ImportError):
             module = importlib.import_module(plugin)
             getattr(module, "register_heif_opener", int)()
-    known = {s: f for s, f in Image.registered_extensions().items() if f in Image.OPEN and f not in NOT_IMAGES}
-    return {*known}, [*dict.fromkeys(["PNG", "JPEG", "WEBP", *known.values()])]  # these are tried first
+    known = {s: f for s, f in Image.registered_extensions().items() if f in Image.OPEN and f in FORMATS}
+    return {*known}, [f for f in FORMATS if f in known.values()]
 
 
 def is_image(path):
@@ -409,8 +417,15 @@ def to_srgb(image):
 
 
 def decode_image(file, max_pixels):
-    image = Image.open(file, formats=image_formats()[1])
-    if image.width * image.height > max_pixels:
+    image, pixels = Image.open(file, formats=image_formats()[1]), []
+    pixels.append(image.width * image.height)
+    if image.format == "TIFF":  # a small image may lie in a huge tile
+        pixels.append(image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0))
+    if image.format in ("JPEG", "MPO"):  # a progressive one may have a thousand scans; 32 of the largest take seconds
+        with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
+            f.seek(0)
+            pixels[0] *= 1 + f.read(MAX_MEMBER).count(b"\xff\xda") // 32
+    if max(pixels) > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's convert clips at 255
         wide = np.asarray(image, dtype=np.float32)
@@ -470,6 +485,12 @@ def keep_image(job):
     return {"rule": "image blank"} if blank else store_image(image, folder, size)
 
 
+def end_with_parent():
+    """In a worker: end when the parent does, even by kill -9."""
+    wait = multiprocessing.parent_process().join
+    threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()
+
+
 def link_or_copy(source, target):
     try:
         os.link(source, target)
@@ -493,9 +514,10 @@ class ImageStore:
             self.log = open(log, "a+b")
             self.log.write(b"\n")  # ends a line that a kill tore
         for line in log.read_bytes().splitlines():
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 key, facts = json.loads(line)
-                self.facts[tuple(key)] = facts
+                if not misfit(facts, FACTS, "facts"):
+                    self.facts[tuple(key)] = facts
 
     def recall(self, key):
         """Whether an image is stored already. An unusable one is tried again: the disk may have been at fault."""
@@ -521,10 +543,10 @@ class ImageStore:
         jobs = [(k[0], str(self.folder), self.size) for k in todo]
         made = map(keep_image, jobs)
         if self.workers > 1 and len(jobs) > 32:
-            pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so that only this process gets Ctrl-C
+            pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), end_with_parent)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: only this process gets Ctrl-C
             made = pool.map(keep_image, jobs, chunksize=min(BLOCK, 1 + len(jobs) // (8 * self.workers)))
-            signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a Ctrl-C since then arrives now
         try:
             for key, facts in zip(todo, tqdm(made, "images", len(jobs), unit="image", disable=len(jobs) < 1000)):
                 self.remember(key, facts)
@@ -1656,32 +1678,39 @@ def check_args(args):
     for low, high in (("min_words", "max_words"), ("min_side", "max_side")):
         if getattr(args, low) > getattr(args, high):
             sys.exit(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}".replace("_", "-"))
-    if not 0 <= args.val_fraction < 1:
-        sys.exit(f"--val-fraction {args.val_fraction}: must be in [0, 1); train.py needs validation rows")
-    positive = "min_words threshold split_threshold size workers per_prompt max_tokens gen_steps gen_batch_size"
-    for key in positive.split():
-        if not getattr(args, key) > 0:
-            sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be above 0")
-    if args.limit is not None and args.limit < 1:
-        sys.exit(f"--limit {args.limit}: must be above 0")
+    for low, high, keys in RANGES:
+        for key in keys.split():
+            if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
+                sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low:g}, {high:g}]")
     if args.generate and args.text_only:
         sys.exit("--generate draws images and --text-only wants none; leave one of them out")
     if args.generate and not importlib.util.find_spec("diffusers"):
         sys.exit("--generate: install the package it needs with: pip install diffusers")
+    if Path(args.out).name in ("", "..") or Path(args.out).is_symlink():
+        sys.exit(f"--out {args.out}: must be a name for a new folder; a link, or the folder you are in, cannot be replaced")
     for path in map(Path, [*args.input, *args.exclude]):
         if not path.exists():
             sys.exit(f"{path}: no such file or folder; INPUT and --exclude are paths")
         for out in (Path(f"{Path(args.out)}{end}").resolve() for end in ("", ".partial", ".old")):
-            if out in (path.resolve(), *path.resolve().parents):
+            if out in (path.resolve(), *path.resolve().parents) or path.resolve() in out.parents:
                 sys.exit(f"--out {args.out}: {out.name} overlaps with the input {path}; choose an --out beside it")
 
 
 def is_ours(folder):
     """Whether a folder holds no file, or clean.py made it and nobody added to it: no other is ever replaced."""
-    files = [Path(place, name).relative_to(folder).as_posix() for place, _, names in os.walk(folder) for name in names]
-    marked = "images/log.jsonl" in files or "summary.json" in files and b'"funnel"' in (
-        folder / "summary.json").read_bytes()
+    files = [Path(place, name).relative_to(folder).as_posix() for place, folders, names in os.walk(folder)
+             for name in names + [f for f in folders if os.path.islink(Path(place, f))]]
+    summary = folder / "summary.json"
+    marked = "images/log.jsonl" in files or summary.is_file() and b'"funnel"' in summary.read_bytes()
     return folder.is_dir() and (not files or marked and all(map(OURS.fullmatch, files)))
+
+
+def remove(folder, marks=("log.jsonl", "summary.json")):
+    """Delete a folder that is ours, what marks it as ours last: what a kill leaves is still known."""
+    files = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
+    for path in sorted(files, key=lambda p: p.name in marks):
+        path.unlink()
+    shutil.rmtree(folder)
 
 
 def prepare_out(args, out, work):
@@ -1690,12 +1719,16 @@ def prepare_out(args, out, work):
     if not args.overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         sys.exit(f"{out}: already there; choose another --out, or replace it with --overwrite")
     for path in (out, work, old):
-        if path.exists() and not is_ours(path):
+        if os.path.lexists(path) and (path.is_symlink() or not is_ours(path)):
             sys.exit(f"{path}: not made by clean.py, or with other files in it; move it away, or choose another --out")
     with writing(out):
         if old.exists():
-            shutil.rmtree(old) if out.exists() else old.rename(out)
+            remove(old) if out.exists() else old.rename(out)
         (work / "summary.json").unlink(missing_ok=True)  # of a killed run: it is unfinished from here on
+        for tmp in work.rglob(".*.tmp"):
+            tmp.unlink()
+    if out.exists() and any(out.iterdir()):
+        print(f"{out}: will be replaced once the new folder is there")
     return lock
 
 
@@ -1814,7 +1847,6 @@ def main():
     args = parse_args()
     check_args(args)
     out = Path(args.out)
-    out = out.resolve() if out.is_symlink() or not out.name else out  # a link to another disk: work there
     work, old, cache = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.old"), out.parent / ".cache"
     lock = None if args.threshold_report else prepare_out(args, out, work)  # noqa: F841, held until main returns
 
@@ -1881,7 +1913,8 @@ def main():
         if out.exists():
             out.rename(old)
         work.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            remove(old)
     print(f"wrote {out} ({len(pairs):,} rows)")
 
 

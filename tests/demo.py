@@ -4,7 +4,7 @@ corrupted rows among them. Drawn once into data/demo-raw, reproducible to the by
 """
 import json
 import random
-import shutil
+import re
 import struct
 import sys
 
@@ -12,7 +12,7 @@ import polars as pl
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
-from clean import atomic, encode_cached, keep_one
+from clean import atomic, encode_cached, keep_one, remove
 
 NOUNS = """☀ sun|☁ cloud|☂ umbrella|☃ snowman|☄ comet|★ star|☎ telephone|☘ shamrock|☠ skull|☢ radiation sign
 ☣ biohazard sign|☥ egyptian ankh|☪ islamic crescent|☭ hammer and sickle|☮ peace sign|☯ yin yang|☸ dharma wheel
@@ -176,11 +176,13 @@ def draw_demo(folder, rows=5600, corrupted=800, seed=0):
     made = {"rows": rows, "corrupted": corrupted, "seed": seed}
     if folder.exists():
         mark = json.loads((folder / "demo.json").read_text()) if (folder / "demo.json").is_file() else None
-        if mark is None and any(folder.iterdir()):
-            sys.exit(f"{folder}: there already and not drawn by the demo; move it away, or choose another --out")
         if mark == made and (folder / "prompts.csv").is_file():
             return folder / "prompts.csv"
-        shutil.rmtree(folder)
+        files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
+        others = [f for f in files if not re.fullmatch(r"images/\d{5}\.\w+|prompts\.csv|demo\.json|.*\.tmp", f)]
+        if files and mark is None or others:
+            sys.exit(f"{folder}: not drawn by the demo, or with other files in it; move it away, or choose another --out")
+        remove(folder, ["demo.json"])
     (folder / "images").mkdir(parents=True)
     with atomic(folder / "demo.json", "w") as f:
         json.dump(made, f)
