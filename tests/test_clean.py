@@ -1,6 +1,7 @@
 """clean.py: archives, images, sources, rules, encoding, deduplication, split, interruption; one test for a promise."""
 import bz2
 import gzip
+import http.server
 import io
 import json
 import lzma
@@ -9,9 +10,11 @@ import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from contextlib import suppress
@@ -159,6 +162,32 @@ def test_images_look_as_a_person_sees_them():
         assert np.abs(np.subtract(found.getpixel((9, 9)), seen)).max() <= 1, (kind, options)
 
 
+def picture(kind, size=(32, 24), **kwargs):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    image.save(out := io.BytesIO(), kind, **kwargs)
+    return out.getvalue()
+
+
+def scans(n):  # a progressive JPEG whose last scan is repeated: each is decoded over all pixels
+    Image.linear_gradient("L").resize((3000, 2500)).save(out := io.BytesIO(), "JPEG", progressive=True)
+    data = out.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda"):-2] * n + b"\xff\xd9"
+
+
+def tile(side):  # a TIFF of 32 x 24 in one tile, which is decoded whole
+    tags = [(256, 32), (257, 24), (258, 8), (259, 1), (262, 1), (277, 1), (322, side), (323, side), (324, 8), (325, side ** 2)]
+    return b"".join([b"II*\0", struct.pack("<IH", 8, len(tags)), *(struct.pack("<HHII", t, 4, 1, v) for t, v in tags)])
+
+
+@pytest.mark.parametrize("data, rule", [
+    (picture("EPS"), "unreadable"), (picture("ICO"), "unreadable"), (picture("ICNS", (32, 32)), "unreadable"),
+    (picture("PNG", (70_000, 64)), "too large"), (picture("PNG", (8001, 8001)), "too large"), (scans(300), "too large"),
+    (tile(26_000), "too large"), (b"", "unreadable"), (scans(2), None), (picture("JPEG2000"), None)])
+def test_odd_images_are_dropped_by_a_rule(tmp_path, data, rule):
+    found = clean.keep_image((put(tmp_path / "in", {"x.png": data}) / "x.png", tmp_path, 336))
+    assert found.get("rule") == (rule and f"image {rule}")
+
+
 @pytest.mark.parametrize("metadata", ["metadata.parquet", "metadata-large.parquet", None])
 @pytest.mark.parametrize("place", ["images/part-{p:06d}.zip", "part-{p:06d}.zip", "images/part-{p:06d}", "",
                                    "diffusiondb-large-part-{k}/part-{p:06d}"])
@@ -246,6 +275,24 @@ def test_clip_tokens_are_exact():
 
 
 @needs_shared
+def test_encoders_named_by_files_never_come_from_the_hub(tmp_path):
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        do_GET = do_HEAD = lambda self: asked.append(self.path) or self.send_error(404)  # noqa: E731
+        log_message = print
+    with http.server.ThreadingHTTPServer(("localhost", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {**os.environ, "HF_ENDPOINT": f"http://localhost:{server.server_port}", "HF_HUB_OFFLINE": "0",
+               "HF_HOME": str(tmp_path)}
+        for sha in (None, "0" * 64):
+            asked.clear()
+            code = f"import clean; clean.find_encoder('org/name', {sha!r})"
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+            assert done.stderr.startswith("--text-model org/name: ") and bool(asked) == (not sha), (sha, done.stderr, asked)
+        server.shutdown()
+
+
 def test_encoder_is_the_competitions():
     words = pl.read_csv(SHARED / "kaggle7/prompts.csv")["prompt"]
     true = pl.read_csv(SHARED / "kaggle7/sample_submission.csv")["val"].to_numpy().reshape(7, 384)
@@ -438,7 +485,7 @@ def test_killed_and_resumed_is_the_same(cleaned, tmp_path):
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         while p.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= count):
             time.sleep(.005)
-        os.killpg(p.pid, by)
+        os.killpg(p.pid, by) if by == signal.SIGINT else p.kill()  # its workers end with it, which closes the pipe
         printed = p.communicate(timeout=100)[0]
         assert "Traceback" not in printed and ("interrupted; run the same" in printed) == (by == signal.SIGINT), printed
     lines = log.read_bytes().splitlines(keepends=True)
@@ -551,6 +598,9 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
     put(tmp_path, {"empty.csv": b"", "head.csv": b"image,prompt\n", "lie.zip": b"PK no"})
     hollow.mkdir(mode=0o500)
     (link := tmp_path / "link").symlink_to(hollow)
+    evil = put(tmp_path / "evil", {"model.safetensors": b"", "modules.json": '[{"type": "\\u0065vil.Thing", "path": ""}]'})
+    dense = put(tmp_path / "dense", {"model.safetensors": b"", "config.json": '{"activation_function": "os.abort"}',
+                                     "modules.json": '[{"type": "sentence_transformers.models.Dense", "path": ""}]'})
     closed = hollow if os.geteuid() else Path("/sys/kernel")  # permission bits do not stop root
     pl.DataFrame({"image": [1], "prompt": ["a"]}).write_parquet(tmp_path / "bytes.parquet")
     pl.DataFrame({"image": ["a"], "prompt": [{"en": "a", "de": "b"}]}).write_parquet(tmp_path / "fields.parquet")
@@ -573,7 +623,8 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
             ([good, "--threshold", "nan"], "--threshold nan"), ([good, "--out", "."], "--out .: must be a name"),
             ([good, "--out", link], "a link"),
             ([good, "--min-words", 9, "--max-words", 3], "--min-words 9 is above --max-words 3"),
-            ([good, "--text-model", hollow], "no model.safetensors"), ([good, "--min-words", 60], "no row .*short: 3"),
+            ([good, "--text-model", hollow], "no model.safetensors"), ([good, "--text-model", evil], "module evil.Thing"),
+            ([good, "--text-model", dense], "has a module os.abort"), ([good, "--min-words", 60], "no row .*short: 3"),
             ([good, "--generate", "x", "--text-only"], "leave one"), ([good, "--holdout-source", "c"], "are: pairs$"),
             ([alike, "--threshold", 1.1, "--min-words", 4], "no validation rows: the 2 rows are one group"),
             ([good, "--out", alike / "out"], r"cannot be written \("),

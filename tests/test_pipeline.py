@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import predict
-from conftest import ROOT, command
+from conftest import ROOT, command, put
 
 SCRIPTS = "clean", "train", "predict", "ensemble"
 
@@ -49,6 +49,18 @@ def test_nothing_is_overwritten(trained, data, raw, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match=f"^{there}: .*--overwrite.*$"):
             importlib.import_module(line.split(".py")[0]).main()
     assert before == {p: p.stat().st_mtime_ns for folder in (data, trained, tmp_path) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("line", ["clean.py {}.csv", "clean.py {}", "clean.py t.csv --prompt-col {}", "predict.py {} --run {}",
+                                  "clean.py columns.csv", "train.py --phase lp --data {}", "ensemble.py {}.npz"])
+def test_no_control_character_reaches_the_terminal(line, tmp_path):
+    odd = "\x1b]0;é\x07\x9b2J\u202e"
+    columns = ",".join(f"{odd}{i:02000d}" for i in range(9))
+    put(tmp_path, {"t.csv": "image,prompt\n", "columns.csv": f"{columns}\n1\n", f"{odd}/1.{odd}": b""})
+    args = [word.format(*[odd] * 2) for word in line.split()]
+    done = command(*args, ok=False, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})  # which lacks the é
+    said = done.stdout + done.stderr
+    assert "x1b" in said and said.isascii() and said.replace("\n", "").isprintable() and len(said) < 2000
 
 
 def test_importing_is_silent_and_light():
