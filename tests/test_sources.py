@@ -264,7 +264,7 @@ PLACES = {  # name: files of a folder or archive; what is said of those that are
     "links/b": [{"../a/0.png": RED, "../a/0.txt": A, "1.png": BLUE, "1.txt": B}],
     "pipe": [TXT, "3 × pipe, device or broken link"], "x.zip": [{**TXT, "__MACOSX/._0.png": b"x"}],
     "locked.zip": [{**TXT, "2.png": png()}, "1 × encrypted member"],
-    "bomb": [{**TXT, "b.json": "[" + "[]," * 6_000_000 + "0]"}, "1 × unreadable or too large .json"],
+    "bomb": [{**TXT, "b.json": "[" + "[]," * 9_000_000 + "0]"}, "1 × unreadable or too large .json"],
     "evil.zip": [{**TXT, "../2.png": png()}, "1 × unsafe name"],
     "hub.zip": [{"data/t.parquet": parquet(image=CELLS, text=[A, B])}],
     "dots.tar": [{"0.in.png": RED, "0.out.txt": A, "1.x.png": BLUE, "1.json": json.dumps({"caption": B})}],
