@@ -123,6 +123,14 @@ def write_printable(write, text):
     write(re.sub("(.{1500}).+", r"\1 ...", text))
 
 
+def check_ranges(args, ranges):
+    """Exit unless the flags that are set lie within their ranges: (low, high, their names in args)."""
+    for low, high, keys in ranges:
+        for key in keys.split():
+            if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
+                sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low:g}, {high:g}]")
+
+
 @contextmanager
 def writing(path):
     """A full disk or a missing permission ends in one line, a bug in its traceback."""
@@ -1691,10 +1699,7 @@ def check_args(args):
     for low, high in (("min_words", "max_words"), ("min_side", "max_side")):
         if getattr(args, low) > getattr(args, high):
             sys.exit(f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}".replace("_", "-"))
-    for low, high, keys in RANGES:
-        for key in keys.split():
-            if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
-                sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low:g}, {high:g}]")
+    check_ranges(args, RANGES)
     if args.generate and args.text_only:
         sys.exit("--generate draws images and --text-only wants none; leave one of them out")
     if args.generate and not importlib.util.find_spec("diffusers"):
