@@ -126,7 +126,7 @@ def assert_same_run(a, b):
 
 
 def files(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
 
 
 def edit(file, **keys):
@@ -142,14 +142,16 @@ def test_golden(data, lp, ft, tmp_path, monkeypatch):
     """Twenty steps of ft: a change in data order, augmentation, loss, optimiser or schedule shows here. Images, targets
     and weights are NumPy's. Rows of split "ood", whose cosine falls as that of val rises, are never selected on."""
     rng, rows = np.random.default_rng(0), [*range(48), *range(8), *range(8)]
-    (tmp_path / "data/images").mkdir(parents=True)
-    for i in range(48):
-        Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(tmp_path / f"data/images/{i}.png")
+    (tmp_path / "data/images/00").mkdir(parents=True)
+    names = [f"images/00/{i:024x}.jpg" for i in range(48)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(tmp_path / "data" / name, "PNG")
     targets = rng.standard_normal((48, 384)).astype(np.float32)
     targets /= np.linalg.norm(targets, axis=1, keepdims=True)
     np.save(tmp_path / "data/targets.npy", np.concatenate([targets, targets[:8], -targets[:8]]))
-    pl.DataFrame({"image": [f"images/{i}.png" for i in rows], "prompt": [f"image number {i}" for i in rows],
-                  "split": ["train"] * 48 + ["val"] * 8 + ["ood"] * 8}).write_parquet(tmp_path / "data/pairs.parquet")
+    pl.DataFrame({"image": [names[i] for i in rows], "prompt": [f"image number {i}" for i in rows], "group": rows,
+                  "split": ["train"] * 48 + ["val"] * 8 + ["ood"] * 8, "origin": [""] * 64}
+                 ).write_parquet(tmp_path / "data/pairs.parquet")
     shutil.copy(data / "summary.json", tmp_path / "data")
     model, meta = load_model(lp)
     for p in model.parameters():
@@ -541,7 +543,7 @@ def test_unreadable_image_stops(ft, data, copy, tmp_path):
 def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch):
     """And none deletes anything, though --overwrite is given, which deletes only our own files."""
     other, out = copy(data), tmp_path / "out"
-    edit(other / "summary.json", text_model={"name": "another", "sha256": None})
+    edit(other / "summary.json", text_model={"name": "another", "sha256": ""})
     shutil.copytree(data, tmp_path / "nan")
     val = pl.read_parquet(data / "pairs.parquet")["split"] == "val"
     np.save(tmp_path / "nan/targets.npy", np.where(val.to_numpy()[:, None], np.nan, np.load(data / "targets.npy")))
