@@ -111,9 +111,10 @@ def known_timm(name):
 SPEC = {  # how to build a backbone, and the transform of its weights
     "model": lambda v: isinstance(v, str) and (known_timm(v[5:]) if v.startswith("timm:") else ":" not in v),
     "kwargs": lambda v: isinstance(v, dict) and all(plain(x) and not k.startswith(OPENS_FILES) for k, x in v.items()),
-    "pretrained": str, "image_size": whole(8, 2048), "mean": three(-10, 10), "std": three(1e-4, 100),
+    "pretrained": str, "quick_gelu": maybe(bool), "image_size": whole(8, 2048), "mean": three(-10, 10),
+    "std": three(1e-4, 100), "fill_color": maybe(number(0, 255)),
     "interpolation": lambda v: isinstance(v, str) and v.upper() in (*Image.Resampling.__members__, "RANDOM"),
-    "resize_mode": lambda v: v in ("shortest", "longest", "squash"), "fill_color": maybe(number(0, 255))}
+    "resize_mode": lambda v: v in ("shortest", "longest", "squash")}
 CONFIG = {"embed_dim": whole(1, 8192), "vision_cfg": {  # open_clip's; its other keys must be `plain`
     "image_size": maybe(whole(8, 2048)), "patch_size": maybe(whole(4, 256)), "width": maybe(whole(8, 8192)),
     "head_width": maybe(whole(1, 8192)), "mlp_ratio": maybe(number(0.01, 32)), "timm_model_name": maybe(known_timm),
@@ -125,7 +126,7 @@ META = {"format": lambda v: v == FORMAT, "backbone": SPEC, "head": lambda v: isi
 LAST = {"step": whole(1, 10 ** 12), "best": number(-2, 2), "score": number(-2, 2), "losses": [number(-1e6, 1e6)],
         "world": whole(1, 10 ** 6), "args": dict, "meta": dict, "optimizer": {"state": dict},
         "raw": lambda v: isinstance(v, dict) and all(isinstance(k, str) and torch.is_tensor(x) for k, x in v.items()),
-        "scaler": lambda v: isinstance(v, dict) and all(map(number(0, 1e12), v.values()))}
+        "scaler": lambda v: isinstance(v, dict) and all(map(number(0, 1e38), v.values()))}
 ADVICE = {  # of a data folder: only names that the libraries know, no file, folder or hub
     "model": maybe(lambda v: isinstance(v, str) and re.fullmatch(r"[\w-]+|timm:[\w.]+", v)),
     "pretrained": maybe(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]+", v) and not Path(v).exists()),
@@ -135,10 +136,21 @@ ADVICE = {  # of a data folder: only names that the libraries know, no file, fol
 
 def config_flaw(spec):
     """Where the open_clip architecture in a spec is not as it may be, or None. Checked before anything is built."""
-    if spec["model"].startswith("timm:"):
-        return None
-    return misfit(spec.get("config"), CONFIG, "backbone.config") or next(
-        (f"backbone.config.vision_cfg.{k}" for k, v in spec["config"]["vision_cfg"].items() if not plain(v)), None)
+    at = "backbone.config"
+    if spec["model"].startswith("timm:") or (wrong := misfit(spec.get("config"), CONFIG, at)):
+        return None if spec["model"].startswith("timm:") else wrong
+    vision = spec["config"]["vision_cfg"]
+    tokens = (spec["image_size"] / (vision.get("patch_size") or 32)) ** 2
+    odd = [k for k, v in vision.items() if not plain(v)] + ["patch_size"] * (tokens > 160 ** 2)
+    return f"{at}.vision_cfg.{odd[0]}" if odd else None
+
+
+def check_spec(spec, name):
+    """What --model says -> itself, or exits. What is None is not known yet."""
+    if wrong := misfit(spec, {k: SPEC[k] for k in SPEC if spec.get(k) is not None}, "backbone") or config_flaw(spec):
+        sys.exit(f"--model {name}: {wrong} is unknown, out of bounds, or would open files or the hub; change it, in the "
+                 "file or --model-kwargs")
+    return spec
 
 
 def check_meta(meta, path):
@@ -326,7 +338,12 @@ def make_backbone(args):
         import open_clip
         try:
             config, known, file = find_clip(name, tag, file)
-            spec["config"] = {k: config[k] for k in ("embed_dim", "vision_cfg")}
+            known = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
+                     "interpolation": "bicubic", **{k: v for k, v in known.items() if v is not None}}
+            # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
+            spec |= {"quick_gelu": known.get("quick_gelu") or config.get("quick_gelu", False) or args.force_quick_gelu,
+                     "image_size": size or config["vision_cfg"].get("image_size", 224),
+                     "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}}
         except Exception as e:  # the hub, and somebody's JSON
             what = name if ":" in name else f"{name} --pretrained {chosen}"
             sys.exit(f"--model {what}: cannot be found or read ({reason(e)}); check the name and the network, or give "
@@ -334,18 +351,10 @@ def make_backbone(args):
         if tag and not file:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} (it has {tags})")
-        known = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
-                 **{k: v for k, v in known.items() if v is not None}}
-        # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
-        spec |= {"quick_gelu": known.get("quick_gelu") or config.get("quick_gelu", False) or args.force_quick_gelu,
-                 "image_size": size or config["vision_cfg"].get("image_size", 224)}
         if ":" in name:  # a checkpoint's name has none, and shows what was loaded
             spec |= {"model": name.split(":")[-1], "pretrained": Path(file).name if file else "none"}
-    if wrong := misfit(spec, {k: SPEC[k] for k in SPEC if spec.get(k)}, "backbone") or config_flaw(spec):
-        sys.exit(f"--model {name}: {wrong} may not be so, because it is unknown, out of bounds, or would open files or "
-                 "the hub; change the file or --model-kwargs")
     try:
-        backbone = build_backbone(spec, read_weights(file) if file else tag)
+        backbone = build_backbone(check_spec(spec, name), read_weights(file) if file else tag)
     except Exception as e:  # timm downloads, and converts somebody's file
         if tag and name.startswith("timm:"):
             why = " ".join(str(e).split())[:200]
@@ -357,13 +366,14 @@ def make_backbone(args):
         known = timm.data.resolve_model_data_config(backbone)
         if tag and "quickgelu" not in name and "QuickGELU" in str(backbone.pretrained_cfg.get("notes")):
             sys.exit(f"--pretrained {tag}: needs QuickGELU; use --model {name.replace('clip_', 'clip_quickgelu_')}")
-    modes = {known.get("resize_mode"), known.get("crop_mode")}  # open_clip's key, timm's
-    return backbone, spec | {
-        "mean": np.broadcast_to(args.image_mean or known["mean"], 3).tolist(),
-        "std": np.broadcast_to(args.image_std or known["std"], 3).tolist(),
+    mean, std = args.image_mean or known["mean"], args.image_std or known["std"]
+    modes = known.get("resize_mode"), known.get("crop_mode")  # open_clip's key, timm's
+    return backbone, check_spec(spec | {
+        "mean": [*mean] if isinstance(mean, (list, tuple)) else [mean] * 3,
+        "std": [*std] if isinstance(std, (list, tuple)) else [std] * 3,
         "image_size": spec["image_size"] or known["input_size"][-1], "interpolation": known["interpolation"],
         "resize_mode": next((m for m in ("squash", "longest") if m in modes), "shortest"),
-        "fill_color": known.get("fill_color", 0)}
+        "fill_color": known.get("fill_color", 0)}, name)
 
 
 # ----------------------------------------------------------- model
@@ -689,7 +699,7 @@ def read_log(phase):
     for line in open(file, errors="replace") if file.is_file() else ():
         with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if not misfit(row, {"step": whole(0, 10 ** 12)}, "")]
+    return [row for row in rows if not misfit(row, {"step": whole(0, 10 ** 12)}, "row")]
 
 
 def already_there(phase):
