@@ -46,8 +46,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clean import (BadImage, atomic, encode, has_bf16, load_encoder, make_parser, open_rgb, read_data,
-                   reason, run)
+from clean import (ARCHIVE_ERRORS, BadImage, atomic, encode, has_bf16, hold, load_encoder, make_parser, misfit, number,
+                   open_rgb, read_data, reason, run, sweep)
 
 FORMAT = 2
 SHARD = 2048  # images per file of frozen features: what a kill -9 can cost
@@ -58,16 +58,114 @@ DEFAULTS = {  # by phase, where neither command line nor data folder says otherw
 }
 OF_MODEL = "model pretrained model_kwargs force_quick_gelu image_size image_mean image_std head"
 FT_ONLY = "init dry_run accum_freq mixgen layer_decay unfreeze_from ema grad_checkpointing"
-RANGES = (  # low, high, flags
-    (0, 1, "hflip"), (0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0, 0.999999, "ema"), (1e-12, 1e6, "lr"),
-    (0, 1e12, "workers seed warmup wd grad_clip_norm save_every unfreeze_from"), (8, 2048, "image_size"),
-    (1, 1e12, "epochs accum_freq log_every"), (2, 1e12, "batch_size"))
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # ft finishes its step, saves and exits
+RANGES = (  # low, high, flags: integers where low is one
+    (0.0, 1, "hflip"), (0.0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0.0, 0.999999, "ema"), (1e-12, 1e6, "lr"),
+    (0.0, 1e9, "wd grad_clip_norm save_every"), (-10.0, 10, "image_mean"), (1e-4, 100, "image_std"),
+    (8, 2048, "image_size"), (0, 1024, "workers"), (0, 10 ** 12, "seed warmup unfreeze_from"),
+    (1, 10 ** 6, "epochs accum_freq log_every"), (2, 10 ** 6, "batch_size"))
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # ft finishes its step, saves and exits
 OPENS_FILES = ("pretrained", "checkpoint", "cache")  # how timm's arguments begin that open files or the hub
+BUILD_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)  # of model libraries
 STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
             "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
 COLUMN = {"raw": "cosine", "ema": "cosine_ema"}  # of metrics.jsonl, after the split
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of any dimension
+
+
+# ------------------- what files may say that anybody may have made
+
+def whole(low, high):
+    """For misfit: an integer in [low, high]."""
+    return lambda v: type(v) is int and low <= v <= high
+
+
+def maybe(schema):
+    """For misfit: null, missing, or this."""
+    return lambda v: v is None or not misfit(v, schema, "it")
+
+
+def in_range(key):
+    """For misfit: what a flag with bounds may be, in [low, high], or null."""
+    low, high = next((low, high) for low, high, keys in RANGES if key in keys.split())
+    return maybe((whole if type(low) is int else number)(low, high))
+
+
+def three(low, high):
+    """For misfit: mean or std of the colours."""
+    return lambda v: isinstance(v, list) and len(v) == 3 and all(map(number(low, high), v))
+
+
+def plain(v, nested=(dict, list)):
+    """For misfit: an argument of a model: no path, nothing huge, and not nested further."""
+    if isinstance(v, nested):
+        return len(v) <= 64 and all(plain(x, ()) for x in (v.values() if isinstance(v, dict) else v))
+    return v is None or isinstance(v, bool) or number(-8192, 8192)(v) or (
+        isinstance(v, str) and re.fullmatch(r"[\w.]{0,64}", v) is not None)
+
+
+def known_timm(name):
+    import timm  # to which "hf-hub:a/b" and "local-dir:a" are names, too
+    return isinstance(name, str) and re.fullmatch(r"[\w.]+", name) is not None and timm.is_model(name)
+
+
+SPEC = {  # how to build a backbone, and the transform of its weights
+    "model": lambda v: isinstance(v, str) and (known_timm(v[5:]) if v.startswith("timm:") else ":" not in v),
+    "kwargs": lambda v: isinstance(v, dict) and all(plain(x) and not k.startswith(OPENS_FILES) for k, x in v.items()),
+    "pretrained": str, "quick_gelu": maybe(bool), "image_size": whole(8, 2048), "mean": three(-10, 10),
+    "std": three(1e-4, 100), "fill_color": maybe(number(0, 255)),
+    "interpolation": lambda v: isinstance(v, str) and v.upper() in (*Image.Resampling.__members__, "RANDOM"),
+    "resize_mode": lambda v: v in ("shortest", "longest", "squash")}
+CONFIG = {"embed_dim": whole(1, 8192), "vision_cfg": {  # open_clip's; its other keys must be `plain`
+    "image_size": maybe(whole(8, 2048)), "patch_size": maybe(whole(4, 256)), "width": maybe(whole(8, 8192)),
+    "head_width": maybe(whole(1, 8192)), "mlp_ratio": maybe(number(0.01, 32)), "timm_model_name": maybe(known_timm),
+    "layers": lambda v: all(map(maybe(whole(1, 64)), v if isinstance(v, list) and len(v) == 4 else [v])),
+    "timm_model_pretrained": lambda v: v in (None, False)}}
+META = {"format": lambda v: v == FORMAT, "backbone": SPEC, "head": lambda v: isinstance(v, str) and v in HEADS,
+        "dim": whole(1, 4096), "text_model": {"name": lambda v: isinstance(v, str) and v.strip(), "sha256": str},
+        "data": str, "data_hashes": dict, "args": dict, "mean_target": [number(-2, 2)], "n_val": whole(1, 10 ** 12)}
+LAST = {"step": whole(1, 10 ** 12), "best": number(-2, 2), "score": number(-2, 2), "losses": [number(-1e6, 1e6)],
+        "world": whole(1, 10 ** 6), "args": dict, "meta": dict, "optimizer": {"state": dict},
+        "raw": lambda v: isinstance(v, dict) and all(isinstance(k, str) and torch.is_tensor(x) for k, x in v.items()),
+        "scaler": lambda v: isinstance(v, dict) and all(map(number(0, 1e38), v.values()))}
+ADVICE = {  # of a data folder: only names that the libraries know, no file, folder or hub
+    "model": maybe(lambda v: isinstance(v, str) and re.fullmatch(r"[\w-]+|timm:[\w.]+", v)),
+    "pretrained": maybe(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.-]+", v) and not Path(v).exists()),
+    "image_size": in_range("image_size"),
+    **{phase: maybe({"lr": in_range("lr"), "epochs": in_range("epochs")}) for phase in DEFAULTS}}
+
+
+def config_flaw(spec):
+    """Where the open_clip architecture in a spec is not as it may be, or None. Checked before anything is built."""
+    at = "backbone.config"
+    if spec["model"].startswith("timm:") or (wrong := misfit(spec.get("config"), CONFIG, at)):
+        return None if spec["model"].startswith("timm:") else wrong
+    vision = spec["config"]["vision_cfg"]
+    tokens = (spec["image_size"] / (vision.get("patch_size") or 32)) ** 2
+    odd = [k for k, v in vision.items() if not plain(v)] + ["patch_size"] * (tokens > 160 ** 2)
+    return f"{at}.vision_cfg.{odd[0]}" if odd else None
+
+
+def check_spec(spec, name):
+    """What --model says -> itself, or exits. What is None is not known yet."""
+    if wrong := misfit(spec, {k: SPEC[k] for k in SPEC if spec.get(k) is not None}, "backbone") or config_flaw(spec):
+        sys.exit(f"--model {name}: {wrong} is unknown, out of bounds, or would open files or the hub; change it, in the "
+                 "file or --model-kwargs")
+    return spec
+
+
+def check_meta(meta, path):
+    """The metadata of a checkpoint, which anybody may have made -> itself, or exits."""
+    wrong = misfit(meta, META, "metadata") or config_flaw(meta["backbone"]) or (
+        None if len(meta["mean_target"]) == meta["dim"] and any(meta["mean_target"]) else "metadata.mean_target")
+    return meta if not wrong else sys.exit(
+        f"{path}: {wrong} does not fit: not a checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}), or one "
+        "with values out of bounds; train it again")
+
+
+def check_finite(state, what):
+    """Weights {name: tensor}: exits at NaN or infinity."""
+    if bad := next((k for k, v in state.items() if not v.isfinite().all()), None):
+        sys.exit(f"{what}: has NaN or infinity in {bad}")
 
 
 # ------------------------------------------------------- backbones
@@ -124,17 +222,27 @@ def load_visual(visual, weights, path):
     visual.load_state_dict(state, strict=False)
 
 
+def load_pickle(path):
+    """torch.load of a file that anybody may have made, which can be small and unpack to gigabytes."""
+    if zipfile.is_zipfile(path):
+        if sum(m.file_size for m in zipfile.ZipFile(path).infolist()) > 20 * os.path.getsize(path):  # code is packed
+            raise ValueError("unpacks to more than 20 times its size")
+        if any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            return read_torchscript(zipfile.ZipFile(path))
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_weights(path):
     """A weights file (safetensors, state dict, TorchScript) -> {name: tensor}, or exits. Never unpickles code."""
     try:
+        if not Path(path).is_file():
+            raise ValueError("not a regular file")
         if str(path).endswith(".safetensors"):
             state = load_file(path)
-        elif zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-            state = read_torchscript(zipfile.ZipFile(path))
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        while inner := [state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)]:
-            state = inner[0]
+            state = load_pickle(path)
+        for _ in range(4):  # it may hold itself
+            state = next((state[k] for k in ("state_dict", "model") if isinstance(state.get(k), dict)), state)
         # without what DistributedDataParallel and torch.compile put before names
         state = {re.sub(r"^((module|_orig_mod)\.)+", "", k): v for k, v in state.items() if torch.is_tensor(v)}
     except Exception as e:  # decoders, of somebody's file
@@ -202,7 +310,7 @@ def find_clip(name, tag, file):
         elif tag and not file and not own:
             files = [path.with_name(n) for n in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
             file = files[not files[0].is_file()]
-        about = json.loads(path.read_text("utf-8"))
+        about = json.loads(path.read_text("utf-8") if path.is_file() else "")
         return about.get("model_cfg", about), about.get("preprocess_cfg", {}), file
     config = open_clip.get_model_config(name) or unknown_model(name)
     known = open_clip.get_pretrained_cfg(name, tag or "")
@@ -230,50 +338,52 @@ def make_backbone(args):
         import open_clip
         try:
             config, known, file = find_clip(name, tag, file)
-            spec["config"] = {k: config[k] for k in ("embed_dim", "vision_cfg")}
+            known = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
+                     "interpolation": "bicubic", **{k: v for k, v in known.items() if v is not None}}
+            # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
+            spec |= {"quick_gelu": known.get("quick_gelu") or config.get("quick_gelu", False) or args.force_quick_gelu,
+                     "image_size": size or config["vision_cfg"].get("image_size", 224),
+                     "config": {k: config[k] for k in ("embed_dim", "vision_cfg")}}
         except Exception as e:  # the hub, and somebody's JSON
             what = name if ":" in name else f"{name} --pretrained {chosen}"
-            sys.exit(f"--model {what}: cannot be found or read ({reason(e)}); check the name and the network, or give a "
-                     "folder (local-dir:PATH) or a weights file")
+            sys.exit(f"--model {what}: cannot be found or read ({reason(e)}); check the name and the network, or give "
+                     "a folder (local-dir:PATH) or a weights file")
         if tag and not file:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
             sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} (it has {tags})")
-        known = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "interpolation": "bicubic",
-                 **{k: v for k, v in known.items() if v is not None}}
-        # the OpenAI weights were trained with QuickGELU; the tag knows, the model name alone builds plain GELU
-        spec |= {"quick_gelu": known.get("quick_gelu") or config.get("quick_gelu", False) or args.force_quick_gelu,
-                 "image_size": size or config["vision_cfg"].get("image_size", 224)}
         if ":" in name:  # a checkpoint's name has none, and shows what was loaded
             spec |= {"model": name.split(":")[-1], "pretrained": Path(file).name if file else "none"}
-    if opens_files(spec):
-        sys.exit(f"--model {name}: it, or its --model-kwargs, would open files or the hub")
     try:
-        backbone = build_backbone(spec, read_weights(file) if file else tag)
+        backbone = build_backbone(check_spec(spec, name), read_weights(file) if file else tag)
     except Exception as e:  # timm downloads, and converts somebody's file
-        if not tag or not name.startswith("timm:"):
+        if tag and name.startswith("timm:"):
+            why = " ".join(str(e).split())[:200]
+            sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} that can be loaded ({why})")
+        if not isinstance(e, BUILD_ERRORS):
             raise
-        why = " ".join(str(e).split())[:200]
-        sys.exit(f"--pretrained {tag}: neither a weights file nor a tag of {name} that can be loaded ({why})")
+        sys.exit(f"--model {name}: cannot be built ({reason(e)}); change the file or --model-kwargs")
     if name.startswith("timm:"):
         known = timm.data.resolve_model_data_config(backbone)
         if tag and "quickgelu" not in name and "QuickGELU" in str(backbone.pretrained_cfg.get("notes")):
             sys.exit(f"--pretrained {tag}: needs QuickGELU; use --model {name.replace('clip_', 'clip_quickgelu_')}")
-    modes = {known.get("resize_mode"), known.get("crop_mode")}  # open_clip's key, timm's
-    return backbone, spec | {
-        "mean": np.broadcast_to(args.image_mean or known["mean"], 3).tolist(),
-        "std": np.broadcast_to(args.image_std or known["std"], 3).tolist(),
+    mean, std = args.image_mean or known["mean"], args.image_std or known["std"]
+    modes = known.get("resize_mode"), known.get("crop_mode")  # open_clip's key, timm's
+    return backbone, check_spec(spec | {
+        "mean": [*mean] if isinstance(mean, (list, tuple)) else [mean] * 3,
+        "std": [*std] if isinstance(std, (list, tuple)) else [std] * 3,
         "image_size": spec["image_size"] or known["input_size"][-1], "interpolation": known["interpolation"],
         "resize_mode": next((m for m in ("squash", "longest") if m in modes), "shortest"),
-        "fill_color": known.get("fill_color", 0)}
-
-
-def opens_files(spec):
-    """Would building it open files or reach the hub? As timm does for the names "hf-hub:a/b" and "local-dir:a"."""
-    inner = spec.get("config", {}).get("vision_cfg", {}).get("timm_model_name") or ""
-    return ":" in spec["model"].removeprefix("timm:") + inner or any(k.startswith(OPENS_FILES) for k in spec["kwargs"])
+        "fill_color": known.get("fill_color", 0)}, name)
 
 
 # ----------------------------------------------------------- model
+
+def feature_width(backbone, size):
+    """D of the features (B, D), which is not always what a config says."""
+    with torch.no_grad():
+        _, width = backbone.eval()(torch.zeros(1, 3, size, size)).shape
+    return width
+
 
 def linear_head(features, dim):
     head = nn.Linear(features, dim)
@@ -297,9 +407,8 @@ class Model(nn.Module):
         super().__init__()
         self.backbone, self.spec, self.frozen = backbone, spec, []
         self.meta = {"format": FORMAT, "backbone": spec, "head": head, "dim": dim}
-        with torch.no_grad():  # the pooled width is not always what a config says
-            width = backbone.eval()(torch.zeros(1, 3, spec["image_size"], spec["image_size"])).shape[-1]
-        self.head = HEADS[head](width, dim)
+        self.width = feature_width(backbone, spec["image_size"])
+        self.head = HEADS[head](self.width, dim)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(spec[name]).view(3, 1, 1), persistent=False)
 
@@ -322,8 +431,9 @@ class Model(nn.Module):
 def save_model(model, meta, path):
     """best.safetensors: the weights, and as JSON metadata all it takes to use them."""
     state = {k: v.contiguous().cpu() for k, v in model.state_dict().items()}
+    check_finite(state, f"{path}: not written, because it")
     with atomic(path) as f:
-        f.write(to_safetensors(state, {"config": json.dumps({**meta, **model.meta})}))
+        f.write(to_safetensors(state, {"config": json.dumps({**meta, **model.meta}, allow_nan=False)}))
 
 
 def find_checkpoint(path):
@@ -335,32 +445,38 @@ def find_checkpoint(path):
 
 
 def load_meta(path):
-    """The metadata of a checkpoint, which anybody may have made -> dict, or exits."""
-    with suppress(SafetensorError, OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
+    """The metadata of a checkpoint -> dict, or exits."""
+    meta = None
+    with suppress(SafetensorError, OSError, ValueError, RecursionError, KeyError, TypeError):
         with safe_open(path, "pt") as f:
             meta = json.loads(f.metadata()["config"])
-        spec = meta["backbone"]
-        if (not opens_files(spec) and meta["format"] == FORMAT and meta["head"] in HEADS
-                and meta["text_model"]["name"].strip() and 8 <= spec["image_size"] <= 2048 and 1 <= meta["dim"] <= 4096
-                and len(spec["mean"]) == len(spec["std"]) == 3
-                and 0 <= spec.get("fill_color", 0) <= 255):
-            return meta
-    sys.exit(f"{path}: not a readable checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}); train it again")
+    return check_meta(meta, path)
+
+
+def build_model(meta, state, path):
+    """Metadata that is checked, and weights, of a file -> Model in eval mode, or exits if they do not fit."""
+    spec, shapes = meta["backbone"], {k: v.shape for k, v in state.items()}
+    __import__("timm" if spec["model"].startswith("timm:") else "open_clip")  # which makes tensors: not under "meta"
+    for device in ("meta", "cpu"):  # first without memory: what it claims to be may be larger than what it is
+        with torch.device(device):
+            try:  # without the head, because a mistake in yours has to show its line
+                backbone = build_backbone(spec)
+                feature_width(backbone, spec["image_size"]) if device == "meta" else None
+            except BUILD_ERRORS as e:
+                sys.exit(f"{path}: does not fit: the backbone that it describes cannot be built ({reason(e)})")
+            model = Model(backbone, spec, meta["head"], meta["dim"])
+        if wrong := dict(shapes.items() ^ {k: v.shape for k, v in model.state_dict().items()}.items()):
+            sys.exit(f"{path}: does not fit the model that it describes, as in {min(wrong)}")
+    model.load_state_dict(state)
+    check_finite(model.state_dict(), path)
+    return model.eval()
 
 
 def load_model(path):
     """A checkpoint -> (Model in eval mode, metadata), or exits if its weights do not fit its metadata."""
     path = find_checkpoint(path)
-    meta, state = load_meta(path), load_file(path)
-    spec, shapes = meta["backbone"], {k: v.shape for k, v in state.items()}
-    __import__("timm" if spec["model"].startswith("timm:") else "open_clip")  # which makes tensors: not under "meta"
-    for device in ("meta", "cpu"):  # first without memory: what it claims to be may be larger than what it is
-        with torch.device(device):
-            model = Model(build_backbone(spec), spec, meta["head"], meta["dim"])
-        if wrong := dict(shapes.items() ^ {k: v.shape for k, v in model.state_dict().items()}.items()):
-            sys.exit(f"{path}: does not fit the model that it describes, as in {min(wrong)}")
-    model.load_state_dict(state)
-    return model.eval(), meta
+    meta = load_meta(path)
+    return build_model(meta, load_file(path), path), meta
 
 
 def depths(model):
@@ -405,13 +521,12 @@ def load_data(folder, batch):
     held = {s: np.flatnonzero(split == s) for s in ("val", "ood") if s in split}
     if pairs["image"].null_count():
         sys.exit(f"{folder}: has no images (made with --text-only)")
-    if len(bad := np.flatnonzero(~np.isfinite(targets).all(1))):
-        sys.exit(f"{folder}: {len(bad)} targets are not finite, first that of {pairs['image'][int(bad[0])]}; "
-                 "make it again with clean.py --overwrite")
     if len(train) < batch or "val" not in held:
         sys.exit(f"{folder}: {len(train)} training and {len(held.get('val', []))} validation rows; "
                  f"needs {batch} (--batch-size times --accum-freq times processes) and 1")
     mean = targets[train].mean(0)
+    if not mean.any():
+        sys.exit(f"{folder}: the mean of the training targets is zero; add rows")
     baseline = {s: float((targets[rows] @ mean).mean() / np.linalg.norm(mean)) for s, rows in held.items()}
     return SimpleNamespace(paths=[f"{Path(folder) / p}" for p in pairs["image"]], prompts=pairs["prompt"].to_list(),
                            targets=targets, train=train, held=held, mean=mean, baseline=baseline, summary=summary)
@@ -459,19 +574,27 @@ class ImageDataset(Dataset):
 def make_loader(dataset, batches, args, device):
     """batches: iterable of lists of rows -> DataLoader of their images, in order."""
     cells = args.workers and any(".parquet::" in p for p in dataset.paths)  # a forked polars waits forever
+    if cells:  # whose start unblocks signals
+        multiprocessing.resource_tracker.ensure_running()
     # its own generator: building an iterator would draw from the global stream and shift dropout after a resume
-    return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, worker_init_fn=ignore_signals,
-                      multiprocessing_context="spawn" if cells else None,
-                      pin_memory=device.type == "cuda", generator=torch.Generator())
+    return Loader(dataset, batch_sampler=batches, num_workers=args.workers,
+                  multiprocessing_context="spawn" if cells else None,
+                  pin_memory=device.type == "cuda", generator=torch.Generator())
 
 
-def ignore_signals(_):
-    for s in SIGNALS:  # workers leave them to the parent, which finishes its step and saves
-        signal.signal(s, signal.SIG_IGN)
+class Loader(DataLoader):
+    def __iter__(self):
+        """Signals wait while workers start, where Python can lose them. Workers leave them to the parent for ever: they
+        inherit the mask."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def kill_workers():
-    """At exit Python would end them by SIGTERM, which they ignore, and wait forever."""
+    """At exit Python would end them by SIGTERM, which they block, and wait forever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report it as another error
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -570,16 +693,32 @@ def reduce_all(values, op=dist.ReduceOp.SUM):
     return values.tolist()
 
 
+def read_log(phase):
+    """metrics.jsonl -> its rows; torn and odd ones are skipped."""
+    rows, file = [], phase / "metrics.jsonl"
+    for line in open(file, errors="replace") if file.is_file() else ():
+        with suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if not misfit(row, {"step": whole(0, 10 ** 12)}, "row")]
+
+
+def already_there(phase):
+    """Is a run there that is finished, or can be resumed, or came without its log? One killed earlier starts anew."""
+    best, log = (phase / name for name in ("best.safetensors", "metrics.jsonl"))
+    done = any(row.get("done") for row in read_log(phase))
+    return done or (phase / "last.pt").exists() or best.exists() and not log.exists()
+
+
 def start_log(run, step=0):
     """metrics.jsonl with the arguments; resumed: its rows up to `step`. Removes the run that --overwrite replaces."""
-    file, rows = run.phase / "metrics.jsonl", [json.dumps({"step": 0, "args": vars(run.args)})]
-    if step:  # the last row may be torn
-        rows = [r for r in file.read_text().splitlines() if r.endswith("}") and '"done"' not in r]
-        rows = [r for r in rows if json.loads(r)["step"] <= step]
-    for name in () if step else ("best.safetensors", "last.pt", "curve.png"):
-        (run.phase / name).unlink(missing_ok=True)
-    with atomic(file, "w") as f:
-        f.write("\n".join(rows) + "\n")
+    rows = [row for row in read_log(run.phase) if row["step"] <= step and "done" not in row] if step else []
+    old = [n for n in ("last.pt", "best.safetensors", "curve.png", "metrics.jsonl") if (run.phase / n).exists()]
+    if old and not step:
+        print(f"{run.phase}: replaces {', '.join(old)}", flush=True)
+        for name in old:
+            (run.phase / name).unlink()
+    with atomic(run.phase / "metrics.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows or [{"step": 0, "args": vars(run.args)}])
     if run.args.wandb:
         import wandb
         wandb.init(project="image2prompt", dir=run.phase, name=str(run.phase), config=vars(run.args))
@@ -600,10 +739,10 @@ def report(run, at, row, best):
     splits = [f"{k}: n = {len(v)}, constant baseline {run.data.baseline[k]:.4f}" for k, v in run.data.held.items()]
     print(f"{at} · {' · '.join(scores)} · best {best:.4f} ({'; '.join(splits)})", flush=True)
     from matplotlib.figure import Figure  # pyplot would want a display
-    rows, fig = [json.loads(line) for line in open(run.phase / "metrics.jsonl")], Figure(layout="tight")
+    rows, fig = read_log(run.phase), Figure(layout="tight")
     ax = fig.subplots()
     for key in ("loss", "val_cosine", "val_cosine_ema"):
-        ax.plot(*zip(*[(r["step"], r[key]) for r in rows if key in r]), label=key, marker=".")
+        ax.plot(*zip(*[(r["step"], r[key]) for r in rows if number(-9, 9)(r.get(key))]), label=key, marker=".")
     ax.axhline(run.data.baseline["val"], color="gray", ls="--", label="constant baseline")
     ax.legend()
     with atomic(run.phase / "curve.png") as f:
@@ -621,7 +760,12 @@ def extract_features(model, run):
         digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
     folder = Path(args.out) / f".features/{digest.hexdigest()[:32]}"
     shards = {folder / f"{r.start:09d}.npy": r for r in split_batches(range(len(data.paths)), SHARD)}
-    todo = [file for file in list(shards)[run.rank::run.world] if not file.is_file()]
+    numbers, todo = np.float32 if dtype == torch.float32 else np.float16, []
+    if run.rank == 0:
+        sweep(folder)
+    for file in list(shards)[run.rank::run.world]:
+        if not is_shard(file, (views, len(shards[file]), model.width), numbers):
+            todo.append(file)
     batches = {file: split_batches(shards[file], args.batch_size) for file in todo}
     loader = make_loader(run.images, sum(batches.values(), []), args, run.device)
     images = iter(tqdm(loader, "features", unit="batch", disable=run.rank > 0 or not todo))
@@ -639,9 +783,21 @@ def extract_features(model, run):
         if len(bad := (~shard.isfinite()).any(-1).any(0).nonzero()):
             sys.exit(f"{data.paths[shards[file][int(bad[0])]]}: its features are not finite; try --precision fp32")
         with atomic(file) as f:
-            np.save(f, shard.numpy().astype(np.float32 if dtype == torch.float32 else np.float16))
+            np.save(f, shard.numpy().astype(numbers))
     reduce_all(0)  # every process has written its shards
     return torch.from_numpy(np.concatenate([np.load(file, allow_pickle=False) for file in shards], 1))
+
+
+def is_shard(file, shape, dtype):
+    """Is it there, and whole? A damaged or foreign one is named."""
+    if not os.path.lexists(file):
+        return False
+    with suppress(*ARCHIVE_ERRORS):
+        x = np.load(file if file.is_file() else "", mmap_mode="r", allow_pickle=False)
+        if x.shape == shape and x.dtype == dtype and np.isfinite(x).all():
+            return True
+    print(f"{file}: not the features that this run would write; computed again", file=sys.stderr)
+    return False
 
 
 def ridge(x, y, x_val, y_val, block=65536):
@@ -767,6 +923,21 @@ def settle(recent, step, scaler, world):
     return reduce_all(losses / world)
 
 
+def load_state(parts, params, last, path):
+    """What last.pt holds into models, optimiser and scaler, or exits if it does not fit."""
+    last["optimizer"]["param_groups"] = parts["optimizer"].state_dict()["param_groups"]  # which follow from args
+    try:
+        for key, part in parts.items():
+            part.load_state_dict(last[key])
+        state = parts["optimizer"].state
+        if any(v.ndim and v.shape != p.shape for p in params for v in state.get(p, {}).values() if torch.is_tensor(v)):
+            raise ValueError("the optimizer's is of other shapes")
+    except (*BUILD_ERRORS, AttributeError) as e:
+        sys.exit(f"{path}: its state does not fit ({reason(e)}); start again with --overwrite")
+    for key in parts.keys() - {"optimizer", "scaler"}:
+        check_finite(parts[key].state_dict(), path)
+
+
 def finetune(model, run, last=None):
     """--phase ft: everything. last: what last.pt holds, or None. A signal finishes the step and saves. -> best val
     cosine, that signal or 0"""
@@ -786,15 +957,15 @@ def finetune(model, run, last=None):
     step, best, score, losses, recent = 0, -math.inf, math.nan, [], []
     parts = {**models, "optimizer": optimizer, "scaler": scaler}
     if last:
-        for key, part in parts.items():
-            part.load_state_dict(last[key])
+        load_state(parts, params, last, run.phase / "last.pt")
         step, best, score, losses = (last[k] for k in ("step", "best", "score", "losses"))
     if args.compile:
         model.compile(dynamic=False)  # in place: wrapping would rename every key of the checkpoint
     forward = model if world == 1 else nn.parallel.DistributedDataParallel(model)
     stop, stopping = [], 0
     for s in SIGNALS:
-        signal.signal(s, lambda number, _: stop.append(number))
+        if signal.getsignal(s) != signal.SIG_IGN:  # as nohup wants
+            signal.signal(s, lambda number, _: stop.append(number))
     if args.dry_run:
         for g in groups:
             print(f"depth {g['depth']} · lr {g['peak']:.2e} · {sum(p.numel() for p in g['params']):,} parameters")
@@ -942,10 +1113,8 @@ def refuse(args, keys, why):
         sys.exit(f"--{' --'.join(given).replace('_', '-')}: {why}")
 
 
-def find_start(args, phase):
+def find_start(args):
     """-> metadata of the checkpoint that ft starts from, and its "path"; None: the command line says what to build."""
-    if (phase / "best.safetensors").exists() and not (args.overwrite or args.dry_run):
-        sys.exit(f"{phase}: a run is already there; --overwrite it, choose another --out, or (ft) --resume it")
     if args.phase == "lp":
         refuse(args, FT_ONLY, "for --phase ft; lp trains the head alone")
     if args.phase == "lp" or args.init == "none":
@@ -957,32 +1126,42 @@ def find_start(args, phase):
 
 def load_last(args, file):
     """--resume -> settings, those of last.pt but for what may differ on this machine; all that it holds."""
+    if not file.is_file():
+        sys.exit(f"{file}: not there, so nothing to resume; run the command without --resume")
     try:
-        last = torch.load(file, map_location="cpu", weights_only=True)
-        mine = {k: getattr(args, k) for k in ("out", "workers", "resume", "overwrite")}
-        settings, world = last["args"] | mine | ({"data": args.data} if args.data else {}), last["world"]
-    except Exception as e:  # a decoder, of a file that may be cut, foreign or missing
-        sys.exit(f"{file}: nothing to resume ({reason(e)}); start again with --overwrite (lp keeps its features)")
-    if world != int(os.environ.get("WORLD_SIZE", 1)):
-        sys.exit(f"{file}: was written by {world} processes; resume it on as many")
-    return argparse.Namespace(**settings), last
+        last = load_pickle(file)
+    except Exception as e:  # a decoder, of a file that may be cut or foreign
+        sys.exit(f"{file}: nothing to resume ({reason(e)}); start again with --overwrite")
+    flags = vars(parse_args(["--phase", "ft"]))
+    types = {"data": str, "phase": lambda v: v == "ft", "precision": lambda v: v in [*DTYPES]} | {
+        k: type(v) for k, v in flags.items() if isinstance(v, (bool, list))}  # numbers: check_settings
+    if wrong := misfit(last, LAST, "it") or misfit(last["args"], types, "args"):
+        sys.exit(f"{file}: nothing to resume ({wrong} does not fit); start again with --overwrite")
+    check_meta(last["meta"], file)
+    if last["world"] != int(os.environ.get("WORLD_SIZE", 1)):
+        sys.exit(f"{file}: was written by {last['world']} processes; resume it on as many")
+    mine = {k: getattr(args, k) for k in ("out", "workers", "resume", "overwrite", *["data"] * bool(args.data))}
+    return argparse.Namespace(**{k: last["args"].get(k, v) for k, v in flags.items()} | mine), last
 
 
 def check_settings(args, begin):
     """Fill in what the command line leaves open, as the data folder recommends or by DEFAULTS. Check what is cheap."""
+    for low, high, key in ((low, high, key) for low, high, keys in RANGES for key in keys.split()):
+        value = getattr(args, key)
+        if not all(map(in_range(key), value if isinstance(value, list) else [value])):
+            sys.exit(f"--{key.replace('_', '-')} {value}: must be in [{low:g}, {high:g}]")
     summary = read_data(args.data)[2]
+    if wrong := misfit(summary["recommend"], ADVICE, "recommend"):
+        sys.exit(f"{args.data}/summary.json: {wrong} is unknown, out of bounds, or a file; correct it there")
     advice, model = summary["recommend"], begin["backbone"]["model"] if begin else args.model
-    advice = advice if model in (None, advice["model"]) else {}  # it is for one model
-    known = DEFAULTS[args.phase] | {k: v for k, v in advice.get(args.phase, {}).items() if k in ("lr", "epochs")}
+    advice = advice if model in (None, advice.get("model")) else {}  # it is for one model
+    own = advice.get(args.phase) or {}
+    known = DEFAULTS[args.phase] | {k: own[k] for k in ("lr", "epochs") if own.get(k)}
     if not begin:
         known |= {"model": "ViT-L-14", "head": "linear"}
-        known |= {k: advice[k] for k in ("model", "pretrained", "image_size") if k in advice}
+        known |= {k: advice[k] for k in ("model", "pretrained", "image_size") if advice.get(k)}
     for key, value in known.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    for low, high, keys in RANGES:
-        for key in keys.split():
-            if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
-                sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low}, {high:g}]")
     mixed = args.mixgen * args.batch_size
     if abs(mixed - round(mixed)) > 1e-6:
         sys.exit(f"--mixgen {args.mixgen}: blends {mixed:g} of a --batch-size of {args.batch_size}; must be whole")
@@ -998,15 +1177,23 @@ def main():
     args = parse_args()
     args.out = str(Path(args.out or f"runs/{Path(args.data or 'data/demo').resolve().name}"))
     phase, last, lp = Path(args.out) / args.phase, None, args.phase == "lp"
+    if Path.cwd().is_relative_to(Path(args.out).resolve()) or any(
+            os.path.lexists(p) and not p.is_dir() for p in (Path(args.out), phase)):
+        sys.exit(f"--out {args.out}: must be a folder for this run alone, such as runs/mine")
     if args.resume:
         args, last = load_last(args, phase / "last.pt")
         begin = last["meta"]
     else:
         args.data = args.data or "data/demo"
-        begin = find_start(args, phase)
+        begin = find_start(args)
     check_settings(args, begin)
     atexit.register(kill_workers)
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
+    lock = None if rank or args.dry_run else hold(phase)  # before a look at what is there
+    if not (last or args.overwrite or args.dry_run) and already_there(phase):
+        sys.exit(f"{phase}: a run is already there; --overwrite it, choose another --out, or (ft) --resume it")
+    if lock:
+        sweep(phase)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # of the slowest process's features
@@ -1016,11 +1203,12 @@ def main():
 
     # the model: of last.pt, whose weights come later; of a checkpoint; or from the command line
     if last:
-        model = Model(build_backbone(begin["backbone"]), begin["backbone"], begin["head"], begin["dim"])
+        model = build_model(begin, last["raw"], phase / "last.pt")
     elif begin:
         model = load_model(begin["path"])[0]
     else:
         model = Model(*make_backbone(args), args.head, data.targets.shape[1])
+        check_finite(model.state_dict(), f"--pretrained {args.pretrained}")
     if world > 1 and device.type == "cuda" and not lp:
         from timm.layers import convert_sync_batchnorm
         model = convert_sync_batchnorm(model)

@@ -3,12 +3,14 @@ import functools
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import zipfile
@@ -26,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-equal here and in other processes, and quick on a busy machine
 torch.set_num_threads(1)
 import train  # noqa: E402
-from conftest import ROOT, TINY, command  # noqa: E402
+from conftest import ROOT, TINY, command, put  # noqa: E402
 from train import encode, load_model, loss_fn, lr_at, save_model, to_square  # noqa: E402
 
 LP = ["--phase", "lp", "--model", TINY, "--pretrained", "none"]
@@ -126,7 +128,7 @@ def assert_same_run(a, b):
 
 
 def files(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
 
 
 def edit(file, **keys):
@@ -142,14 +144,16 @@ def test_golden(data, lp, ft, tmp_path, monkeypatch):
     """Twenty steps of ft: a change in data order, augmentation, loss, optimiser or schedule shows here. Images, targets
     and weights are NumPy's. Rows of split "ood", whose cosine falls as that of val rises, are never selected on."""
     rng, rows = np.random.default_rng(0), [*range(48), *range(8), *range(8)]
-    (tmp_path / "data/images").mkdir(parents=True)
-    for i in range(48):
-        Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(tmp_path / f"data/images/{i}.png")
+    (tmp_path / "data/images/00").mkdir(parents=True)
+    names = [f"images/00/{i:024x}.jpg" for i in range(48)]
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(tmp_path / "data" / name, "PNG")
     targets = rng.standard_normal((48, 384)).astype(np.float32)
     targets /= np.linalg.norm(targets, axis=1, keepdims=True)
     np.save(tmp_path / "data/targets.npy", np.concatenate([targets, targets[:8], -targets[:8]]))
-    pl.DataFrame({"image": [f"images/{i}.png" for i in rows], "prompt": [f"image number {i}" for i in rows],
-                  "split": ["train"] * 48 + ["val"] * 8 + ["ood"] * 8}).write_parquet(tmp_path / "data/pairs.parquet")
+    pl.DataFrame({"image": [names[i] for i in rows], "prompt": [f"image number {i}" for i in rows], "group": rows,
+                  "split": ["train"] * 48 + ["val"] * 8 + ["ood"] * 8, "origin": [""] * 64}
+                 ).write_parquet(tmp_path / "data/pairs.parquet")
     shutil.copy(data / "summary.json", tmp_path / "data")
     model, meta = load_model(lp)
     for p in model.parameters():
@@ -207,7 +211,7 @@ def whole(lp, flags, tmp_path_factory):
 
 
 @pytest.mark.parametrize("function, n, number, step", [
-    ("lr_at", 1, signal.SIGINT, 1), ("lr_at", 4, signal.SIGTERM, 4), ("lr_at", 7, signal.SIGTERM, 7),
+    ("lr_at", 1, signal.SIGINT, 1), ("lr_at", 4, signal.SIGHUP, 4), ("lr_at", 7, signal.SIGTERM, 7),
     ("mixgen", 10, signal.SIGUSR1, 5), ("kill -9", 0, 0, 0)])
 def test_resumes_exactly(function, n, number, step, whole, tmp_path):
     """Stopped at the first step, an epoch's end, between log lines, amid accumulation, or killed: the resumed run ends
@@ -236,11 +240,12 @@ def test_resumes_exactly(function, n, number, step, whole, tmp_path):
 
 
 def test_resume_refuses(whole, data, copy):
-    """Other data or number of processes, a damaged or missing last.pt. A finished run, its log torn, stays as it is."""
+    """Other data or number of processes, a last.pt that is damaged, missing, or another's. A finished run stays as it
+    is, whatever else its log holds."""
     folder, other = copy(whole[1]), copy(data)
     file, resume = folder / "ft/last.pt", ["--phase", "ft", "--out", folder, "--resume"]
-    with open(folder / "ft/metrics.jsonl", "a") as f:
-        f.write('{"step": 3, "lo')
+    with open(folder / "ft/metrics.jsonl", "ab") as f:
+        f.write(b'[]\n7\n{"loss": 1}\n{"step": "x"}\n{"step": -1}\n\xff\n' + b"[" * 9999 + b'\n{"step": 3, "lo')
     assert "ft done" in run(*resume) and metrics(folder / "ft") == metrics(whole[1] / "ft")
     edit(other / "summary.json", hashes={"pairs": "other"})
     before = files(folder)
@@ -249,9 +254,43 @@ def test_resume_refuses(whole, data, copy):
         assert "written by 1 processes" in run(*resume, code=1)
     assert "--resume it" in run(*whole[0], "--out", folder, code=1)
     assert files(folder) == before
-    for content in (file.read_bytes()[:1000], PICKLE, b"", None):
+    last, nan = torch.load(file), torch.tensor(math.nan)
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a/data.pkl", bytes(10 ** 8))
+    for key, value in (("step", 0), ("step", "x"), ("best", math.nan), ("losses", [None]), ("raw", {"a": 1}), ("meta", []),
+                       ("raw", last["raw"] | {"head.bias": nan.expand(384)}), ("ema", {}), ("scaler", {"scale": "x"}),
+                       ("raw", last["raw"] | {"head.bias": torch.ones(3)}), ("optimizer", {"state": []}),
+                       ("optimizer", {"state": {0: {"exp_avg": torch.ones(3)}}}), ("optimizer", {"state": {0: 7}}),
+                       *(("args", last["args"] | more) for more in ({"phase": "lp"}, {"precision": []}, {"compile": 1},
+                                                                    {"batch_size": 8.5}, {"lr": math.nan})),
+                       *(("meta", last["meta"] | more) for more in ({"dim": 7}, {"head": []}, {"mean_target": [0] * 384}))):
+        torch.save(last | {key: value}, file)
+        err = run(*resume, code=1)
+        assert any(word in err for word in ("last.pt: ", "must be in")), (key, err)
+    for content in (zipped.getvalue()[:1000], zipped.getvalue(), PICKLE, b"", None):
         file.unlink() if content is None else file.write_bytes(content)
-        assert "nothing to resume" in run(*resume, code=1)
+        assert ("without --resume" if content is None else "nothing to resume") in run(*resume, code=1)
+
+
+@pytest.mark.parametrize("phase, function", [("lp", "ridge"), ("lp", "log"), ("ft", "save_model"), ("ft", "report")])
+def test_the_same_command_finishes_the_job(phase, function, lp, flags, tmp_path):
+    """Killed before there is anything to resume; left-over temporary files go, those of running processes do not. Two
+    at once do not."""
+    args = [*LP, *flags, "--out", tmp_path] if phase == "lp" else ["--phase", "ft", *flags, "--init", lp, "--out", tmp_path]
+    with mock.patch.object(train, function, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        run(*args, "--epochs", 1)
+    (tmp_path / phase / ".last.pt.1.tmp").write_text("cut")
+    if phase == "ft":
+        assert "without --resume" in run("--phase", "ft", "--out", tmp_path, "--resume", code=1)
+    code = f"import clean, time; lock = clean.hold({str(tmp_path / phase)!r}); print(flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "another process is writing there" in run(*args, "--epochs", 1, code=1)
+        other.kill()
+    assert f"{phase} done" in run(*args, "--epochs", 1) and not [*tmp_path.rglob(".*.tmp")]
+    assert "already there" in run(*args, "--epochs", 1, code=1)
+    assert "replaces" in run(*args, "--epochs", 1, "--overwrite")
 
 
 def test_two_processes_are_one(ft, flags, lp, tmp_path):
@@ -437,7 +476,26 @@ def test_features_are_computed_once(lp, flags, tmp_path, monkeypatch):
         run(*args)
         run(*args, "--overwrite")
         assert opened.call_count == whole.shape[1] - 96
-    assert np.array_equal(np.concatenate([np.load(f) for f in sorted(tmp_path.glob(".features/*/*"))], 1), whole)
+    def stored():
+        return np.concatenate([np.load(f) for f in sorted(tmp_path.glob(".features/*/*.npy"))], 1)
+    assert np.array_equal(stored(), whole)
+    shards, good = sorted(tmp_path.glob(".features/*/*.npy")), np.load(next(tmp_path.glob(".features/*/*0.npy")))
+    for file, bad in zip(shards, (good * np.nan, good[..., :-1], good.astype(np.float64))):
+        np.save(file, bad)
+    shards[3].write_bytes(shards[3].read_bytes()[:-9])
+    (shards[0].parent / ".x.1.tmp").write_text("cut")
+    with mock.patch.object(train, "open_rgb", wraps=train.open_rgb) as opened:
+        run(*args, "--overwrite")
+    assert opened.call_count == 4 * 32 and np.array_equal(stored(), whole)
+    assert not [*tmp_path.rglob(".*.tmp")]
+
+
+def test_ctrl_c_while_workers_start(flags, tmp_path):
+    """Python drops an exception that is raised in a callback of fork."""
+    once = [1]
+    os.register_at_fork(after_in_parent=lambda: once and once.pop() and signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(*LP, *flags, "--workers", 1, "--epochs", 1, "--out", tmp_path)
 
 
 def test_formulas():
@@ -495,22 +553,72 @@ def test_nothing_waits_between_log_lines(ft, tmp_path, monkeypatch):
     assert at_step[:4] == at_step[:1] * 4 < at_step[4:] == at_step[4:5] * 4, "the epoch's end alone asks"
 
 
-def test_damaged_and_hostile_checkpoints(lp, tmp_path):
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """With the hub switched on, no host is looked up. -> a folder that timm would load, and unpickle"""
+    def asked(*args, **_):
+        raise AssertionError(f"asks for {args}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", seen := mock.Mock(side_effect=asked))
+    put(folder := tmp_path / "evil", {"pytorch_model.bin": b"cposix\nsystem\n(S'touch %s'\ntR." % str(tmp_path / "ran").encode(),
+                                      "config.json": json.dumps({"architecture": "test_vit", "pretrained_cfg": {}})})
+    yield folder
+    assert not seen.called and not (tmp_path / "ran").exists()
+
+
+def test_damaged_and_hostile_checkpoints(lp, tmp_path, no_hub):
     """An error in one line; never a fresh head, never code or the hub, never the memory that a file claims to need."""
     file, good, (model, meta) = tmp_path / "best.safetensors", (lp / "lp/best.safetensors").read_bytes(), load_model(lp)
     state, spec = model.state_dict(), model.spec
-    hub = {**spec["config"], "vision_cfg": {**spec["config"]["vision_cfg"], "timm_model_name": "hf-hub:a/b"}}
+    visions = ({"timm_model_name": "hf-hub:a/b"}, {"timm_model_name": f"local-dir:{no_hub}"}, {"timm_model_name": "x"},
+               {"timm_model_name": "test_vit", "timm_model_pretrained": True}, {"patch_size": 1}, {"layers": 10 ** 9},
+               {"width": 10 ** 9}, {"head_width": 48}, {"head_width": 0}, {"mlp_ratio": 1e9}, {"patch_size": 64},
+               {"pool_type": "/etc/passwd"}, {"file": "x"}, {"norm_kwargs": {"eps": "x"}}, {"layers": [2, 2]})
     specs = ({"model": 7}, {"mean": [1]}, {"image_size": 10 ** 9}, {"image_size": 64}, {"model": "timm:hf-hub:a/b"},
-             {"model": "timm:local-dir:/tmp"}, {"config": hub}, {"model": "timm:resnet50", "kwargs": {"cache_dir": 1}},
-             {"model": "timm:test_vit", "kwargs": {"checkpoint_path": "x"}}, {"fill_color": 256})
+             {"std": [1, 0, 1]}, {"mean": [math.nan] * 3}, {"model": f"timm:local-dir:{no_hub}"}, {"fill_color": 256},
+             {"model": "timm:resnet50", "kwargs": {"cache_dir": 1}}, {"interpolation": "x"}, {"resize_mode": []},
+             {"model": "timm:test_vit", "kwargs": {"checkpoint_path": "x"}}, {"model": "hf-hub:a/b"}, {"config": None},
+             {"model": "timm:test_vit", "kwargs": {"depth": 10 ** 9}}, {"kwargs": {"a": "/etc"}}, {"quick_gelu": "x"},
+             {"model": "timm:test_vit", "kwargs": {"depth": "x"}}, {"model": "timm:test_vit", "kwargs": {"a": 1}},
+             *({"config": {**spec["config"], "vision_cfg": spec["config"]["vision_cfg"] | more}} for more in visions))
     metas = ({"format": 99}, {"text_model": "x"}, {"dim": 100}, {"dim": 10 ** 9}, {"dim": 4096, "head": "mlp"},
-             {"head": "x"}, {"head": ["linear"]}, {"head": "mlp"}, *({"backbone": spec | more} for more in specs))
+             {"head": "x"}, {"head": ["linear"]}, {"head": "mlp"}, {"mean_target": [0] * 384}, {"args": None},
+             {"mean_target": [math.nan] * 384}, *({"backbone": spec | more} for more in specs))
     cases = [({k: v for k, v in state.items() if "head" not in k}, meta), (state | {"extra": torch.ones(1)}, meta),
              (state, []), (state, {"format": meta["format"]}), *((state, meta | more) for more in metas)]
-    for content in (good[:-100], PICKLE, b"", *(save(s, {"config": json.dumps(m)}) for s, m in cases)):
+    for at, content in enumerate((good[:-100], PICKLE, b"", *(save(s, {"config": json.dumps(m)}) for s, m in cases))):
         file.write_bytes(content)
-        with pytest.raises(SystemExit, match="(?s)^[^\n]*best.safetensors: [^\n]*(readable check|does not fit)[^\n]*$"):
+        with pytest.raises(SystemExit, match="(?s)^[^\n]*best.safetensors: [^\n]*does not fit[^\n]*$"):
             load_model(file)
+    file.write_bytes(save(state | {"head.bias": torch.full((384,), math.inf)}, {"config": json.dumps(meta)}))
+    with pytest.raises(SystemExit, match="NaN or infinity in head.bias"):
+        load_model(file)
+    model.head.bias.data[0] = math.nan
+    with pytest.raises(SystemExit, match="not written"):
+        save_model(model, meta, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_hostile_configs(data, copy, flags, tmp_path, no_hub):
+    """What --model X.json or local-dir: describes, and what a data folder recommends, is checked as checkpoints are."""
+    tiny, args = json.load(open(TINY)), ["--phase", "lp", *flags, "--out", tmp_path / "run"]
+    for model, preprocess in (({"timm_model_name": "hf-hub:a/b"}, {}), ({"timm_model_name": f"local-dir:{no_hub}"}, {}),
+                              ({"width": 65}, {}), ({"width": "x"}, {}), (7, {}), ({}, []), ({}, {"mean": "x"}),
+                              ({}, {"std": [0, 1, 1]}), ({}, {"interpolation": "x"}), ({"image_size": [32, 64]}, {})):
+        vision = tiny["vision_cfg"] | model if isinstance(model, dict) else model
+        about = {"model_cfg": tiny | {"vision_cfg": vision}, "preprocess_cfg": preprocess}
+        file = put(tmp_path / "x", {"open_clip_config.json": json.dumps(about)}) / "open_clip_config.json"
+        for name in (f"local-dir:{tmp_path}/x", file):
+            assert f"--model {name}" in run(*args, "--model", name, "--pretrained", "none", code=1)
+    file.unlink()
+    os.mkfifo(file)
+    assert "cannot be found" in run(*args, "--model", f"local-dir:{tmp_path}/x", "--pretrained", "none", code=1)
+    data = copy(data)
+    for advice in ({"model": "hf-hub:a/b"}, {"model": TINY}, {"model": f"local-dir:{no_hub}"}, {"model": "timm:hf-hub:a/b"},
+                   {"model": "no-such"}, {"model": 7}, {"model": "timm:test_vit", "pretrained": TINY}, {"image_size": 1e9},
+                   {"model": "timm:test_vit", "pretrained": str(no_hub)}, {"lp": {"lr": 1e9}}, {"lp": {"epochs": 0.5}}):
+        edit(data / "summary.json", recommend=advice)
+        assert "unknown" in run(*args, "--data", data, code=1) or advice["model"] == "no-such"
 
 
 def typo(*args, **kwargs):
@@ -541,11 +649,13 @@ def test_unreadable_image_stops(ft, data, copy, tmp_path):
 def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch):
     """And none deletes anything, though --overwrite is given, which deletes only our own files."""
     other, out = copy(data), tmp_path / "out"
-    edit(other / "summary.json", text_model={"name": "another", "sha256": None})
+    edit(other / "summary.json", text_model={"name": "another", "sha256": ""})
     shutil.copytree(data, tmp_path / "nan")
     val = pl.read_parquet(data / "pairs.parquet")["split"] == "val"
     np.save(tmp_path / "nan/targets.npy", np.where(val.to_numpy()[:, None], np.nan, np.load(data / "targets.npy")))
     shutil.copytree(lp, out)
+    state = build().backbone.state_dict()
+    save_file(state | {"class_embedding": state["class_embedding"] * math.nan}, tmp_path / "nan.safetensors")
     shutil.copytree(lp / "lp", out / "ft")
     (out / "lp/notes.txt").write_text("mine")
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -559,6 +669,10 @@ def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch
             (["--image-mean", 0, 0, 0, "--model-kwargs", "depth=2"], "--model-kwargs --image-mean"),
             (["--mixgen", 0.6], "--mixgen"), (["--mixgen", 0.3], "blends 4.8 of a"), (["--lr", "nan"], "--lr"),
             (["--epochs", 0], "--epochs"), (["--seed", -1], "--seed"), (["--batch-size", 1], "--batch-size"),
+            (["--seed", 10 ** 30], "--seed"), (["--wd", "inf"], "--wd"), (["--workers", 10 ** 9], "--workers"),
+            ([*LP, "--image-std", 1, 0, 1], "--image-std"), ([*LP, "--image-mean", "nan", 0, 0], "--image-mean"),
+            (["--out", TINY], "--out"), (["--out", "."], "--out"), (["--out", "/"], "--out"),
+            ([*LP, "--pretrained", tmp_path / "nan.safetensors"], "infinity in backbone.class_emb"),
             (["--wandb"], "pip install wandb"), (["--unfreeze-from", 9], "0 (the stem) to 3 (the head)"),
             ([*LP, "--mixgen", 0.5, "--grad-checkpointing"], "--mixgen --grad-checkpointing: for --phase ft"),
             ([*LP, "--image-size", 4], "--image-size"), ([*LP, "--model", "ViT-L/14"], "did you mean ViT-L-14?"),
