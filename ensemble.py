@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clean import atomic, make_parser, run
-from predict import (TTAModel, describe, find_rows, mean_and_error, order_for, predict, read_preds, read_validation,
-                     refuse_existing, write_preds, write_submission)
+from clean import check_rows, make_parser, run, sweep
+from predict import (TTAModel, claim, describe, find_rows, mean_and_error, order_for, predict, read_preds,
+                     read_validation, write_all, write_preds, write_submission)
 from train import find_checkpoint, load_model, pick_device, save_model
 
 BLOCK = 4096  # rows at a time: memory is the members and little else
 FOLDS = 5  # of the cross-validation, by group
+SOUP = "best.safetensors", "metrics.jsonl"
 MIN_ROWS = 100  # fewer rows of known truth are too few to learn weights on
 
 
@@ -32,22 +33,17 @@ def load_members(names):
         m = read_preds(name)
         ids = ids or m["ids"].tolist()
         order = find_rows(ids, m["ids"].tolist(), name)
-        x.append(unit(m["embeddings"][order]))
+        x.append(torch.from_numpy(m["embeddings"][order]))
         if x[-1].shape != x[0].shape:
             sys.exit(f"{name}: embeddings of width {x[-1].shape[1]}, {names[0]} of {x[0].shape[1]}")
         if m["targets"] is not None:
-            targets = unit(m["targets"][order])
+            targets = torch.from_numpy(m["targets"][order])
             truth = targets if truth is None else truth
             if (targets - truth).abs().max() > 1e-3:
                 sys.exit(f"{name}: targets differ from those of a member before it")
             groups = m["groups"][order] if groups is None and m["groups"] is not None else groups
         keys.append((m["checkpoint"] or m["run"], tuple(m["views"])))
     return {"ids": ids, "x": x, "keys": keys, "targets": truth, "groups": groups}
-
-
-def unit(x):
-    x = torch.from_numpy(np.asarray(x, np.float32))
-    return F.normalize(x, dim=1, out=x)  # in the array's own memory
 
 
 def match(keys, fit_keys, names, fit_names):
@@ -114,12 +110,12 @@ def parse_weights(text, models):
     if text in ("learned", "uniform"):
         return None
     try:
-        w = torch.tensor([float(v) for v in text.split(",")])
+        w = torch.tensor([float(v) for v in text.split(",")], dtype=torch.float64)
     except ValueError:
         w = torch.empty(0)
-    if len(w) != models or not w.isfinite().all() or not w.any():
+    if len(w) != models or not 0 < w.abs().sum() < torch.inf:
         sys.exit(f"--weights {text}: must be learned, uniform, or {models} finite numbers, not all 0")
-    return w / w.abs().sum()
+    return (w / w.abs().sum()).float()
 
 
 def choose_weights(report, val, text):
@@ -159,22 +155,20 @@ def choose_weights(report, val, text):
     return weights, used
 
 
-def draw(path, report):
+def draw(file, report):
     from matplotlib.figure import Figure  # without pyplot, which wants a display
-    rows = {f"{m['name']} {m['weight']:.3f}": (m.get("cosine", m["weight"]), m.get("se", 0)) for m in report["members"]}
-    rows |= {k: report[k] for k in ("uniform", "fixed", "learned") if k in report}
-    values, errors = zip(*rows.values())
-    ax = Figure(figsize=(9, 0.4 * len(rows) + 1), layout="tight").subplots()
-    ax.errorbar(values, list(rows), xerr=errors, fmt="o")
+    rows = [(f"{m['name']} {m['weight']:.3f}", m.get("cosine", m["weight"]), m.get("se", 0)) for m in report["members"]]
+    labels, values, errors = zip(*rows, *((k, *report[k]) for k in ("uniform", "fixed", "learned") if k in report))
+    ax = Figure(figsize=(9, 0.4 * len(labels) + 1), layout="tight").subplots()
+    ax.errorbar(values, range(len(labels)), xerr=errors, fmt="o")
+    ax.set_yticks(range(len(labels)), [repr(text[-60:])[1:-1] for text in labels], parse_math=False)
     ax.set_xlabel(f"mean cosine ± standard error (n = {report['n']:,}); weight" if "n" in report else "weight")
     ax.invert_yaxis()
-    with atomic(path) as f:
-        ax.figure.savefig(f, format="png", dpi=110)
+    ax.figure.savefig(file, format="png", dpi=110, metadata={"Software": "ensemble.py"})  # so claim knows it as ours
 
 
-def make_soup(runs, out):
-    """Greedy model soup (arXiv 2203.05482): from the best run on, each joins if validation gains. Writes OUT/ft."""
-    checkpoints = [find_checkpoint(r) for r in runs]
+def make_soup(runs, checkpoints, best_path, log_path, locks):
+    """Greedy model soup (arXiv 2203.05482): from the best run on, each joins if validation gains."""
     models, metas = zip(*map(load_model, checkpoints))
     for path, meta in zip(checkpoints, metas):
         if wrong := [k for k in ("backbone", "head", "dim", "text_model", "data_hashes") if meta[k] != metas[0][k]]:
@@ -201,10 +195,10 @@ def make_soup(runs, out):
           f"greedy soup of {len(chosen)} {best:.4f} (n = {len(paths)})")
     models[0].load_state_dict(mix(chosen))
     meta = metas[0] | {"phase": "ft", "val_cosine": best, "soup": [runs[i] for i in chosen]}
-    save_model(models[0], meta, out / "ft/best.safetensors")
-    with atomic(out / "ft/metrics.jsonl", "w") as f:
-        f.write(json.dumps({"step": 0, "val_cosine": best, "done": True}) + "\n")
-    print(f"wrote {out}/ft; predict with: python predict.py --run {out}")
+    log = json.dumps({"step": 0, "val_cosine": best, "done": True}) + "\n"
+    sweep(Path(best_path).parent, f".{SOUP[0]}")  # save_model writes beside f.name, as atomic does
+    write_all(locks, {best_path: lambda f: save_model(models[0], meta, f.name),
+                      log_path: lambda f: f.write(log.encode())})
 
 
 def parse_args(argv=None):
@@ -224,14 +218,21 @@ def main():
     args = parse_args()
     out = Path(args.out or ("runs/soup" if args.soup else "preds/ensemble.npz"))
     if args.soup:
-        refuse_existing([out / "ft/best.safetensors"], args.overwrite)
-        return make_soup(args.soup, out)
-    refuse_existing([out, out.with_suffix(".json"), out.with_suffix(".png"), args.submission], args.overwrite)
+        checkpoints, paths = [find_checkpoint(r) for r in args.soup], [f"{out}/ft/{n}" for n in SOUP]
+        with claim(paths, args.overwrite, checkpoints) as locks:
+            return make_soup(args.soup, checkpoints, *paths, locks)
     names = args.preds or sorted(str(p) for p in Path("preds").glob("*.npz") if read_preds(p)["run"] != "ensemble")
     if not names:
         sys.exit("preds/: no predictions there; make some with: python predict.py")
+    paths = [out, *(f"{out.parent / out.stem}.{end}" for end in ("json", "png")), args.submission]
+    with claim(paths, args.overwrite, [*names, *(args.fit or ()), args.sample_submission]) as locks:
+        combine(args, names, *paths, locks)
+
+
+def combine(args, names, out, json_path, png_path, submission, locks):
     parse_weights(args.weights, len(names))  # a mistake there ends it before anything slow
     test = val = load_members(names)  # to apply the weights to, and to learn them on
+    order = order_for(args.sample_submission, test["ids"])
     if args.fit:
         keys = [(m["checkpoint"] or m["run"], tuple(m["views"])) for m in map(read_preds, args.fit)]
         val = load_members([args.fit[i] for i in match(test["keys"], keys, names, args.fit)])
@@ -243,14 +244,14 @@ def main():
 
     embeddings = average(test["x"], weights).numpy()
     report["members"] = [member | {"weight": w} for member, w in zip(report["members"], weights.tolist())]
-    if args.submission:
-        write_submission(args.submission, test["ids"], embeddings, order_for(args.sample_submission, test["ids"]))
-    with atomic(out.with_suffix(".json"), "w") as f:
-        json.dump(report, f, indent=1)
-    draw(out.with_suffix(".png"), report)
-    write_preds(out, ids=test["ids"], embeddings=embeddings, targets=test["targets"], groups=test["groups"],
-                run="ensemble", views=names)
-    print(f"wrote {out} ({len(test['ids']):,} images, {report['used']} weights), {out.stem}.json, {out.stem}.png")
+    check_rows(embeddings, f"--weights {args.weights}")
+    write_all(locks, {
+        submission: lambda f: write_submission(f, test["ids"], embeddings, order),
+        json_path: lambda f: f.write(json.dumps(report, indent=1).encode()),
+        png_path: lambda f: draw(f, report),
+        str(out): lambda f: write_preds(f, ids=test["ids"], embeddings=embeddings, targets=test["targets"],
+                                        groups=test["groups"], run="ensemble", views=names)})
+    print(f"{len(test['ids']):,} images, {report['used']} weights")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,19 @@ $ python predict.py test/ --sample-submission sample_submission.csv --submission
 """
 import atexit
 import base64
+import glob
 import hashlib
 import html
 import io
+import json
 import os
+import re
+import signal
 import sys
 from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import polars as pl
@@ -25,8 +31,9 @@ from PIL import ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from clean import (BadImage, atomic, encode_cached, find_images, is_archive, is_image, is_table, list_counts,
-                   make_parser, open_rgb, read_data, read_source, read_table, reason, run, sha256, top_k, walk)
+from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_rows, encode_cached, find_images, hold, is_archive,
+                   is_image, is_table, list_counts, make_parser, open_archive, open_rgb, read_data, read_source,
+                   read_table, reason, run, sha256, sweep, top_k, walk, writing)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
                    make_loader, pick_device, pick_precision, split_batches, to_square)
 
@@ -46,33 +53,55 @@ SAME = 0.95  # neighbours this close to a nearer one are the same prompt
 FEW = 8  # images or fewer: print their neighbours
 BLEND_K = 100  # neighbours of --blend-neighbors
 REPORT_MAX = 2000  # cards, about 6 KB each
+KINDS = {"ids": "U", "embeddings": "f", "targets": "f", "groups": "iufU", "run": "U", "checkpoint": "U", "views": "U"}
+MAX_TEXT = 4096  # characters of an id
+# how files of predict.py and ensemble.py begin and end: --overwrite replaces no others
+OURS = re.compile(rb"imgId_eId,val\n|PK\x03\x04.{26}ids\.npy.*embeddings\.npy|PAR1.*\x02id.*\x04rank.*\x06cosine.*\x06prompt|"
+                  rb"<!doctype html>.{99,140}img-src data:; style-src 'unsafe-inline'; script-src 'sha256-|"
+                  rb'\{\n "members": \[|\x89PNG.{1,99}Software\x00ensemble\.py|'
+                  rb'.{8}\{"__metadata__".*\\"soup\\": \[|\{"step": 0, "val_cosine": ', re.S)
 
 
 # ----------------- the formats
 
+def read_npz(path):
+    """The arrays of a predictions file; others are not read. Raises anything: numpy, zipfile and zlib are decoders."""
+    if not os.path.isfile(path):  # a pipe waits for ever
+        raise ValueError("no such file")
+    with ZipFile(path) as archive:
+        known = {k: archive.NameToInfo[f"{k}.npy"] for k in KINDS if f"{k}.npy" in archive.NameToInfo}
+        for info in known.values():  # no more than it says is ever unpacked
+            if info.file_size > max(1 << 26, MAX_RATIO * info.compress_size):
+                raise ValueError(f"{info.filename} unpacks to too much")
+        return {k: np.lib.format.read_array(archive.open(info), allow_pickle=False) for k, info in known.items()}
+
+
 def read_preds(path):
-    """npz or Kaggle CSV -> dict: ids (N,), embeddings (N, D), targets and groups or None, run, checkpoint, views"""
-    if str(path).lower().endswith(".csv"):
-        preds = dict(zip(("ids", "embeddings"), map(np.array, read_submission(path))))
-    else:
-        try:
-            with np.load(path, allow_pickle=False) as f:
-                preds = {k: f[k] for k in {"ids", "embeddings", *f}}
-        except Exception as e:  # a decoder: numpy, zipfile and zlib each raise their own kinds on damaged bytes
-            sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
-    ids, x = preds["ids"], preds["embeddings"]
-    y, groups = preds.get("targets", x), preds.get("groups", ids)
-    shapes = x.ndim == 2 and y.shape == x.shape and ids.shape == groups.shape == x.shape[:1]
-    types = ids.dtype.kind == "U" and x.dtype.kind == y.dtype.kind == "f"
-    if not (shapes and types and len(set(ids.tolist())) == len(ids) and np.isfinite(x).all() and np.isfinite(y).all()):
-        sys.exit(f"{path}: needs unique text as ids {ids.shape}, finite embeddings {x.shape} and targets {y.shape}")
+    """npz or Kaggle CSV -> dict: ids (N,), embeddings and targets, unit rows float32 (N, D), and groups, the last two
+    or None; run, checkpoint, views"""
+    try:
+        csv = str(path).lower().endswith(".csv")
+        preds = dict(zip(("ids", "embeddings"), map(np.array, read_submission(path)))) if csv else read_npz(path)
+        ids, x = preds["ids"], preds["embeddings"]
+        y, groups = preds.get("targets", x), preds.get("groups", ids)
+        shapes = x.ndim == 2 and ids.shape == groups.shape == x.shape[:1] and y.shape == x.shape
+        types = all(v.dtype.kind in KINDS[k] and v.dtype.itemsize <= 4 * MAX_TEXT
+                    and (v.size <= 1000 or v.shape[:1] == ids.shape) for k, v in preds.items())
+        if not (shapes and types and 0 < x.shape[1] <= 4096 and len({i.encode() for i in ids.tolist()}) == len(ids) > 0):
+            raise ValueError(f"needs unique text as ids {ids.shape} of embeddings {x.shape} and targets {y.shape}")
+    except Exception as e:  # a decoder
+        sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
+    for k in preds.keys() & {"embeddings", "targets"}:
+        with np.errstate(all="ignore"):
+            x = np.asarray(preds[k], np.float32)
+            preds[k] = x / np.linalg.norm(x, axis=1, keepdims=True)  # those of others have any length
+        check_rows(preds[k], f"{path}: {k}")
     return {"targets": None, "groups": None, **preds, "run": str(preds.get("run", Path(path).stem)),
             "checkpoint": str(preds.get("checkpoint", "")), "views": np.atleast_1d(preds.get("views", [])).tolist()}
 
 
-def write_preds(path, **arrays):
-    with atomic(path) as f:
-        np.savez(f, **{k: v for k, v in arrays.items() if v is not None})
+def write_preds(file, **arrays):
+    np.savez(file, **{k: v for k, v in arrays.items() if v is not None})
 
 
 def row_keys(ids, width):
@@ -84,26 +113,29 @@ def row_keys(ids, width):
 def read_submission(path):
     """A Kaggle CSV `imgId_eId,val`, the D rows of each image together and in order -> ids, values float32 (N, D)"""
     try:
+        if not os.path.isfile(path):  # a pipe waits for ever
+            raise ValueError("no such file")
         types = {"imgId_eId": pl.String, "val": pl.Float32}
         table = pl.read_csv(path, columns=list(types), schema_overrides=types)
         keys = table["imgId_eId"]
         ids = keys.filter(keys.str.ends_with("_0")).str.strip_suffix("_0")
         if not len(ids) or ids.n_unique() < len(ids) or not keys.equals(row_keys(ids, len(keys) // len(ids))):
             raise ValueError("rows are not imgId_0, imgId_1, ... image by image")
-        return ids.to_list(), table["val"].to_numpy(writable=True).reshape(len(ids), -1)
+        values = table["val"].to_numpy(writable=True).reshape(len(ids), -1)
+        if not np.isfinite(values).all():
+            raise ValueError("not all of val is finite")
+        return ids.to_list(), values
     except (pl.exceptions.PolarsError, OSError, ValueError, TypeError) as e:
         sys.exit(f"{path}: not a Kaggle submission imgId_eId,val ({reason(e)})")
 
 
-def write_submission(path, ids, embeddings, order):
+def write_submission(file, ids, embeddings, order):
     """A Kaggle CSV in `order`, streamed. Seven decimals cost < 1e-12 of cosine."""
     ids, width = pl.Series(ids, dtype=pl.String), embeddings.shape[1]
-    with atomic(path) as f:
-        f.write(b"imgId_eId,val\n")
-        for rows in split_batches(np.array(order), 1024):
-            table = pl.DataFrame({"key": row_keys(ids.gather(rows), width), "val": embeddings[rows].ravel()})
-            f.write(table.write_csv(include_header=False, float_precision=7).encode())
-    print(f"wrote {path} ({len(order):,} images)")
+    file.write(b"imgId_eId,val\n")
+    for rows in split_batches(np.array(order), 1024):
+        table = pl.DataFrame({"key": row_keys(ids.gather(rows), width), "val": embeddings[rows].ravel()})
+        file.write(table.write_csv(include_header=False, float_precision=7).encode())
 
 
 def order_for(sample, ids):
@@ -118,6 +150,73 @@ def find_rows(wanted, ids, what):
     if missing or extra:
         sys.exit(f"{what}: ids must be the same: {len(missing)} missing {missing[:3]}, {len(extra)} extra {extra[:3]}")
     return [row[i] for i in wanted]
+
+
+# ----------------- the output
+
+def identify(file):
+    """What tells a file from another one that later has its name"""
+    stat = os.stat(file)
+    return f"{stat.st_ino}-{stat.st_mtime_ns}"
+
+
+def is_ours(path):
+    with open(path, "rb") as f:
+        start = f.read(1 << 16)
+        f.seek(max(0, os.path.getsize(path) - len(start)))
+        return OURS.match(start + f.read(len(start)))
+
+
+@contextmanager
+def claim(paths, overwrite, inputs=()):
+    """Lock what a command will write, or exit where another file could be lost -> {path: lock}, for write_all"""
+    paths, inputs, locks = [str(p) for p in paths if p], [os.path.realpath(p) for p in inputs if p], {}
+    places = [os.path.realpath(p) for p in paths]
+    try:
+        for path, place in zip(paths, places):
+            if places.count(place) > 1 or place in inputs:
+                sys.exit(f"{path}: is another output or an input of this command, too; choose another name")
+            folders = map(os.path.isdir, filter(os.path.exists, Path(place).parents))
+            if os.path.lexists(path) and not os.path.isfile(path) or os.path.isdir(place) or not all(folders):
+                sys.exit(f"{path}: not the name of a file, or not in a folder; choose another name")
+            lock = hold(path)
+            if not os.fstat(lock.fileno()).st_nlink:  # removed by a process that ended just now
+                sys.exit(f"{path}: another process has just written there; look at it, or choose another name")
+            locks[path] = lock
+            sweep(Path(path).parent, glob.escape(Path(path).name))
+            if os.path.isfile(path) and identify(path).encode() not in os.pread(lock.fileno(), 1 << 16, 0).split():
+                if not overwrite:
+                    sys.exit(f"{path}: already there; choose another name, or --overwrite it")
+                if not is_ours(path):
+                    sys.exit(f"{path}: not made by predict.py or ensemble.py; move it away, or choose another name")
+                print(f"{path}: will be replaced")
+        yield locks
+    finally:
+        for lock in locks.values():
+            if not os.fstat(lock.fileno()).st_size:
+                os.unlink(lock.name)
+            lock.close()
+
+
+def write_all(locks, jobs):
+    """jobs: {path or None: function that writes it into a binary file}. All are written beside their paths, then renamed.
+    The locks tell the next run which files are those of one that was killed while renaming."""
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(atomic(path)) for path in filter(None, jobs)}
+        for path, f in files.items():
+            with writing(path):
+                jobs[path](f)
+                f.flush()
+                os.fsync(f.fileno())
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C leaves all of them or none
+        for path, lock in locks.items():
+            lock.write(identify(files[path].name) + "\n")
+            lock.flush()
+    signal.signal(signal.SIGINT, handler)
+    for lock in locks.values():
+        lock.truncate(0)
+    for path in files:
+        print(f"wrote {path}")
 
 
 # ----------------- the input
@@ -135,10 +234,11 @@ def list_images(items, image_col=None, prompt_col=None, limit=None):
         need = "image", "name", *["prompt"] * bool(prompt_col)
         table = read_source(path, None, image_col, prompt_col, need, limit, left)
         table = table.with_columns(image=pl.coalesce(there := find_images(table["image"]), "image"))
-        if path.is_dir():  # rows without an image are none of its images
+        if not is_table(path):  # rows without an image are none of its images
             table = table.filter(there.is_not_null())
-            odd = [n for n in walk(path, Counter()) if is_image(n) and not n.isprintable()]  # names need not be text
-            found |= {f"{path.absolute()}/{n}": None for n in odd[:limit]}
+            inside = walk(path, Counter()) if path.is_dir() else open_archive(str(path), os.getpid())[1]
+            odd = [n for n in inside if is_image(n) and not n.isprintable()]  # names need not be text
+            found |= {f"{path.absolute()}{'/' if path.is_dir() else '::'}{n}": None for n in odd[:limit]}
         elif empty := table["image"].null_count():
             sys.exit(f"{path}: {empty} of its {len(table)} rows name no image; drop them, or see --image-col")
         found |= dict(table.select("image", "prompt").iter_rows())
@@ -151,8 +251,8 @@ def list_images(items, image_col=None, prompt_col=None, limit=None):
     stems = [Path(names.get(p) or t.split("::")[-1]).stem for p, t in zip(paths, texts)]
     times, prompts = Counter(stems), [found[p] for p in paths]
     ids = [stem if times[stem] == 1 else text for stem, text in zip(stems, texts)]
-    if len(set(ids)) < len(ids):
-        sys.exit(f"{Counter(ids).most_common(1)[0][0]}: two images have this id; rename one")
+    if odd := [i for i, n in Counter(ids).items() if n > 1 or len(i) > MAX_TEXT]:
+        sys.exit(f"{odd[0]}: two images have this id, or it is too long; rename one")
     if any(prompts) and not all(prompts):
         print(f"{sum(map(bool, prompts)):,} of {len(paths):,} images have a prompt: no cosine", file=sys.stderr)
     return ids, paths, prompts if all(prompts) else None
@@ -227,7 +327,9 @@ def predict(model, paths, views, args):
             found.append(y)
             problems += wrong
             bar.update(len(y))
-    return torch.cat(found).numpy(), problems
+    found = torch.cat(found).numpy()
+    check_rows(found, "prediction (--precision fp32 helps if numbers overflowed)")
+    return found, problems
 
 
 # ----------------- readable prompts
@@ -236,6 +338,7 @@ def load_corpus(source, text_model, device):
     """A data folder (its training rows, never the validation prompts) or a table -> prompts, embeddings (N, 384)"""
     if not Path(source).is_dir():
         prompts = read_table(source, need=("prompt",))["prompt"].drop_nulls().unique(maintain_order=True).to_list()
+        prompts or sys.exit(f"--corpus {source}: no prompts there")
         return prompts, encode_cached(prompts, text_model["name"], device, sha=text_model["sha256"])
     pairs, targets, summary = read_data(source)
     if summary["text_model"] != text_model:
@@ -264,12 +367,10 @@ def blend_neighbors(x, corpus, cosines, rows, weight):
     return (mixed / np.linalg.norm(mixed, axis=1, keepdims=True)).astype(np.float32)
 
 
-def write_neighbors(path, ids, neighbors):
+def write_neighbors(file, ids, neighbors):
     rows = [(i, n, c, p) for i, near in zip(ids, neighbors) for n, (c, p) in enumerate(near)]
     pl.DataFrame(rows, schema=["id", "rank", "cosine", "prompt"], orient="row").write_parquet(buffer := io.BytesIO())
-    with atomic(path) as f:  # Python writes: on a full disk polars would not say why
-        f.write(buffer.getbuffer())
-    print(f"wrote {path}")
+    file.write(buffer.getbuffer())  # by Python: on a full disk polars would not say why
 
 
 def mean_and_error(values):
@@ -347,7 +448,7 @@ def card(n, name, picture, cosine, prompt, near, problem):
     return f'<li class="card" tabindex="0" data-n="{n}" data-c="{key:.6f}">{image}<div>{text}</div>{items}</li>\n'
 
 
-def write_report(path, title, facts, names, pictures, cosines=None, baseline=None, prompts=None, neighbors=None,
+def write_report(file, title, facts, names, pictures, cosines=None, baseline=None, prompts=None, neighbors=None,
                  problems=None, total=None):
     """One self-contained page; its policy lets only our script run. names to problems: columns, as in card"""
     e, n = html.escape, len(names)
@@ -358,8 +459,7 @@ def write_report(path, title, facts, names, pictures, cosines=None, baseline=Non
     note = "Below an image: known prompts near the prediction, not the recovered prompt. " if neighbors else ""
     note += f"{n:,} of {total:,} images are shown, evenly spread." if total and n < total else ""
     facts = "".join(f"<div><dt>{e(k)}</dt><dd>{e(str(v))}</dd></div>" for k, v in facts.items())
-    with atomic(path, "w", encoding="utf-8", errors="replace") as f:
-        f.write(f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(title)}</title>
 <style>{STYLE}</style></head><body>
@@ -372,22 +472,25 @@ def write_report(path, title, facts, names, pictures, cosines=None, baseline=Non
 <output id="count" role="status"></output></search>
 <ul id="grid">
 {cards}</ul></main><script>{SCRIPT}</script></body></html>
-""")
+"""
+    file.write(CONTROL.sub("\ufffd", page).encode("utf-8", "replace"))
+
+
+def is_finished(log):
+    """Whether metrics.jsonl, which may be anybody's, ends as that of a finished run does"""
+    with suppress(OSError, LookupError, ValueError, TypeError, RecursionError):
+        if log.is_file() and (log.parent / "best.safetensors").is_file():
+            with open(log, "rb") as f:
+                f.seek(max(0, log.stat().st_size - 4096))
+                return json.loads(f.read().splitlines()[-1])["done"] is True
 
 
 def newest_run(root="runs"):
     """The phase folder under runs/ that finished last."""
-    logs = [log for log in Path(root).glob("*/*/metrics.jsonl")
-            if '"done": true' in log.read_text() and (log.parent / "best.safetensors").is_file()]
+    logs = [log for log in Path(root).glob("*/*/metrics.jsonl") if is_finished(log)]
     if not logs:
         sys.exit(f"{root}/: no finished run there; train one with: python train.py --phase lp (or give --run)")
-    return max(logs, key=lambda log: log.stat().st_mtime).parent
-
-
-def refuse_existing(paths, overwrite):
-    for path in filter(None, paths):
-        if Path(path).exists() and not overwrite:
-            sys.exit(f"{path}: already there; choose another name, or --overwrite it")
+    return max(logs, key=os.path.getmtime).parent
 
 
 def parse_args(argv=None):
@@ -416,12 +519,10 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    for key, low, high in (("tta", 1, len(VIEWS)), ("batch_size", 1, 1e9), ("workers", 0, 1e9), ("neighbors", 0, 1e9),
-                           ("blend_neighbors", 0, 1)):
-        if not low <= (getattr(args, key) or 0) <= high:
+    for key, low, high in (("tta", 1, len(VIEWS)), ("batch_size", 1, 65536), ("workers", 0, 1024), ("limit", 1, 1e9),
+                           ("neighbors", 0, 1000), ("blend_neighbors", 0, 1)):
+        if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
             sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low}, {high:g}]")
-    if args.limit is not None and args.limit < 1:
-        sys.exit(f"--limit {args.limit}: must be above 0")
     if args.corpus and not Path(args.corpus).exists():
         sys.exit(f"--corpus {args.corpus}: no such file or folder")
 
@@ -445,7 +546,7 @@ def read_input(args, meta, device):
     return ids, paths, names, pairs["prompt"].to_list(), targets, pairs["group"].to_numpy()
 
 
-def report_run(args, paths, names, cosines, baseline, prompts, neighbors, problems):
+def report_run(file, args, paths, names, cosines, baseline, prompts, neighbors, problems):
     n, size = len(paths), min(REPORT_MAX, len(paths))
     facts = {} if cosines is None else {"mean cosine": describe(cosines), "constant baseline": f"{baseline:.4f}"}
     facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems)), "views": args.tta}
@@ -453,8 +554,7 @@ def report_run(args, paths, names, cosines, baseline, prompts, neighbors, proble
     columns = (names, None if cosines is None else cosines.tolist(), prompts, neighbors, problems)
     names, cosines, *rest = [column and [column[i] for i in shown] for column in columns]
     pictures = [thumbnail(paths[i]) for i in tqdm(shown, "report", unit="image", disable=size < 64)]
-    write_report(args.html, f"Predicted prompts: {args.run}", facts, names, pictures, cosines, baseline, *rest, n)
-    print(f"wrote {args.html}")
+    write_report(file, f"Predicted prompts: {args.run}", facts, names, pictures, cosines, baseline, *rest, n)
 
 
 def main():
@@ -474,9 +574,16 @@ def main():
         args.neighbors = 5 if args.corpus or (Path(meta["data"]) / "summary.json").is_file() else 0
         if not args.neighbors:
             print(f"{meta['data']}, the training data, is not here: no neighbours without --corpus")
-    table = Path(args.out).with_suffix(".neighbors.parquet") if args.out and args.neighbors else None
-    refuse_existing([args.out, table, args.submission, args.html], args.overwrite)
+    out = Path(args.out or "")
+    table = f"{out.parent / out.stem}.neighbors.parquet" if args.out and args.neighbors else None
+    with claim([args.out, table, args.submission, args.html], args.overwrite,
+               [*args.images, args.sample_submission, args.corpus, checkpoint]) as locks:
+        predict_all(args, model, checkpoint, views, table, locks)
+
+
+def predict_all(args, model, checkpoint, views, table, locks):
     # what to predict, and the known prompts
+    meta = model.meta
     ids, paths, names, prompts, targets, groups = read_input(args, meta, model.device)
     order = order_for(args.sample_submission, ids)
     k = max(args.neighbors or 0, BLEND_K if args.blend_neighbors else 0)
@@ -503,17 +610,14 @@ def main():
         views.append(f"neighbors-{args.blend_neighbors:g}")
     if targets is not None:
         scores, baseline = (embeddings * targets).sum(1), float((targets @ mean).mean())
+    check_rows(embeddings, f"{args.run} with --blend-neighbors {args.blend_neighbors}")
     # files, and what to print
-    if args.out:
-        write_preds(args.out, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups, run=args.run,
-                    checkpoint=sha256(checkpoint)[:16], views=np.array(views))
-        print(f"wrote {args.out} ({len(ids):,} images, views: {', '.join(views)})")
-    if args.submission:
-        write_submission(args.submission, ids, embeddings, order)
-    if table:
-        write_neighbors(table, ids, neighbors)
-    if args.html:
-        report_run(args, paths, names, scores, baseline, prompts, neighbors, problems)
+    write_all(locks, {
+        args.out: lambda f: write_preds(f, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups,
+                                        run=args.run, checkpoint=sha256(checkpoint)[:16], views=np.array(views)),
+        table: lambda f: write_neighbors(f, ids, neighbors),
+        args.submission: lambda f: write_submission(f, ids, embeddings, order),
+        args.html: lambda f: report_run(f, args, paths, names, scores, baseline, prompts, neighbors, problems)})
     if neighbors and len(ids) <= FEW:
         print("nearest known prompts (neighbours, not the recovered prompt):")
         for path, near in zip(paths, neighbors):

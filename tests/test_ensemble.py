@@ -1,5 +1,7 @@
 """ensemble.py: rows joined by id, weights equal to an independent optimiser's, honest cross-validation, the soup."""
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 import ensemble
 import predict
 from conftest import ROOT, unit
-from test_predict import far
+from test_predict import far, save
 from train import Model, load_model, save_model
 
 N, D = 600, 48
@@ -127,8 +129,18 @@ def test_weights_flag_and_user_errors(known, write, go):
     done = go(a, b, "--weights", "3,1")
     assert done.weights == [0.75, 0.25] and done.used == "fixed" and go(a, b, "--weights", "uniform").used == "uniform"
     assert far(done.embeddings, mix([0.75, 0.25], xs[:2])[done.ids.astype(int)]) < 1e-5
-    for bad in ("1,2,3", "a,b", "0,0", "nan,1"):
+    for bad in ("1,2,3", "a,b", "0,0", "nan,1", "inf,1", "1e308,1e308"):
         go(a, b, "--weights", bad, fails=f"--weights {bad}: ")
+    before = Path("preds/ensemble.npz").read_bytes()
+    go(a, a, "--weights", "1,-1", "--submission", "s.csv", fails="--weights 1,-1: 600 of 600 embeddings are not finite")
+    go(a, b, "--out", a, fails=f"{a}: is another output or an input")
+    go(a, b, "--out", "e.json", fails="e.json: is another output")
+    go(a, b, "--sample-submission", "s.csv", "--submission", "s.csv", fails="s.csv: is another output or an input")
+    assert Path("preds/ensemble.npz").read_bytes() == before and not Path("s.csv").exists()
+    for odd in (odds := ["m/$\\x$.npz", "m/a\x1b[31m\n.npz"]):
+        shutil.copy(a, odd)
+    go(*odds)
+    assert not re.search(r"[^\x20-\x7e\n]", Path("preds/ensemble.json").read_text())
     for said, change in {"1 missing.*'0000'.*1 extra.*'0600'": {"ids": names(range(1, N + 1))}, "width 3": {
             "embeddings": xs[0][:, :3]}, "targets differ": {"targets": known[0][::-1]}}.items():
         np.savez("other.npz", **{"ids": names(range(N)), "embeddings": xs[0], **change})
@@ -141,8 +153,8 @@ def test_fit_is_matched_by_run(known, write, go):
     val, test, ids = write("val"), [unit(x[::-1]) for x in known[1]], [f"t{i}" for i in range(N)]
     for m in range(3):
         predict.write_preds(f"test{m}.npz", ids=np.array(ids), embeddings=test[m], run="other", checkpoint=f"{m:016x}")
-    predict.write_submission("theirs.csv", ids, test[3] * 5, range(N))  # of another length: normalised first
-    predict.write_submission("val/theirs.csv", names(range(N)), known[1][3], range(N))
+    save("theirs.csv", predict.write_submission, ids, test[3] * 5, range(N))  # of another length: normalised first
+    save("val/theirs.csv", predict.write_submission, names(range(N)), known[1][3], range(N))
     files, fit = ["test2.npz", "theirs.csv", "test0.npz"], ["--fit", val[0], "val/theirs.csv", *val[1:3]]
     done = go(*files, *fit, "--submission", "s.csv")
     want, (back, x) = mix(done.weights, [test[2], test[3], test[0]]), predict.read_submission("s.csv")
@@ -171,13 +183,17 @@ def test_soup(trained, tmp_path, monkeypatch):
     """Greedy by validation: a spoiled run stays out. What is written is the average of those that joined, a run that
     scores as it says. Of lp and ft it is WiSE-FT (arXiv 2109.01903). A run with another head is refused."""
     monkeypatch.chdir(tmp_path)
+
+    def make(*runs):
+        monkeypatch.setattr(sys, "argv", ["ensemble.py", "--out", "soup", "--overwrite", "--soup", *runs])
+        ensemble.main()
     model, meta = load_model(trained / "ft")
     good = {k: v.clone() for k, v in model.state_dict().items()}
     for name, noise in (("a", 0), ("b", 0.002), ("bad", 3)):
         model.load_state_dict({k: v + noise * torch.randn(v.shape) for k, v in good.items()})
         save_model(model, meta, Path(f"{name}/ft/best.safetensors"))
     for runs in (["bad/ft", "b/ft", "a/ft"], [str(trained / "lp"), str(trained / "ft")]):
-        ensemble.make_soup(runs, Path("soup"))
+        make(*runs)
         soup, about = load_model("soup")
         states = [load_model(r)[0].state_dict() for r in about["soup"]]
         assert "bad/ft" not in about["soup"] and about["val_cosine"] > meta["val_cosine"] - 1e-3
@@ -188,4 +204,61 @@ def test_soup(trained, tmp_path, monkeypatch):
         assert abs((x * y).sum(1).mean() - about["val_cosine"]) < 1e-4
     save_model(Model(model.backbone, model.spec, "mlp"), meta, Path("odd/ft/best.safetensors"))
     with pytest.raises(SystemExit, match="^odd/ft/best.safetensors: another head .*$"):
-        ensemble.make_soup(["a", "odd"], Path("soup"))
+        make("a", "odd")
+
+
+KILLED = """
+import importlib, os, sys
+from pathlib import Path
+root, script, outputs, *args = sys.argv[1:]
+sys.path.insert(0, root)
+module, outputs, before = importlib.import_module(script), [Path(p) for p in outputs.split(",")], {*Path().rglob("*")}
+
+def run(kill):  # at once after the rename of that number -> exit status
+    child, replace, n = os.fork(), os.replace, 0
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def killing(source, target):
+        nonlocal n
+        kill or os.kill(os.getpid(), 9)
+        replace(source, target)
+        n += not str(target).endswith(".tmp")
+        n != kill or os.kill(os.getpid(), 9)
+    os.replace, sys.argv = killing, [script, *args]
+    try:
+        module.main()
+    except SystemExit as e:
+        print(e, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+for kill in range(len(outputs) + 1):
+    assert run(kill) == -9 and sum(p.exists() for p in outputs) == kill
+    if 0 < kill < len(outputs):  # at the second attempt, too
+        assert run(kill) == -9
+    assert run(99) == 0 and all(p.stat().st_size for p in outputs)
+    left = {*Path().rglob("*")} - before - {*outputs, *(p.parent for p in outputs), *outputs[0].parents}
+    assert not left, left
+    assert run(99) == 1, "finished files are refused again"
+    for p in outputs:
+        p.unlink()
+assert run(1) == -9
+made = next(p for p in outputs if p.exists())
+made.unlink()
+made.write_text("of the user")
+assert run(99) == 1 and made.read_text() == "of the user"
+"""
+
+
+@pytest.mark.parametrize("script, outputs, line", [
+    ("predict", "p.npz,s.csv,r.html,p.neighbors.parquet", "IMAGES --run RUN --out p.npz --submission s.csv "
+     "--html r.html --neighbors 2 --workers 0"),
+    ("ensemble", "e/e.npz,e/e.json,e/e.png,s.csv", "m/m0.npz m/m1.npz --out e/e.npz --submission s.csv"),
+    ("ensemble", "soup/ft/best.safetensors,soup/ft/metrics.jsonl", "--soup RUN/lp RUN/ft --out soup")])
+def test_a_killed_command_can_be_given_again(script, outputs, line, write, trained, raw):
+    """After a kill between any two of its outputs, which are finished then; but a file of the user is not replaced."""
+    write("m")
+    line = line.replace("IMAGES", f"{raw}/images").replace("RUN", str(trained)).split()
+    done = subprocess.run([sys.executable, "-c", KILLED, ROOT, script, outputs, *line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

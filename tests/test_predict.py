@@ -1,5 +1,6 @@
 """predict.py: views, inputs, rows that never shift, files, readable prompts, the report in a real browser, Kaggle."""
 import html
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,11 @@ needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium here (apt-
 
 def far(a, b):
     return np.abs(np.asarray(a) - np.asarray(b)).max()
+
+
+def save(path, write, *args):
+    with open(path, "wb") as f:
+        write(f, *args)
 
 
 def put(files):  # {path: bytes, text, or a file to copy}
@@ -57,7 +64,8 @@ def go(trained, data, tmp_path, monkeypatch, capsys):
     """predict.py's main in this process (a start takes seconds), in tmp_path -> what it printed, and its npz. fails: it
     must end in one line that has this text, and write nothing. Any other exception fails the test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(predict, "encode_cached", lambda *a: clean.encode_cached(*a, cache=data.parent / ".cache"))
+    cache = data.parent / ".cache"
+    monkeypatch.setattr(predict, "encode_cached", lambda *a, **k: clean.encode_cached(*a, **k, cache=cache))
 
     def go(*args, out="p.npz", fails=None):
         args = ["--run", trained, "--batch-size", 4, "--workers", 0, "--precision", "fp32", "--overwrite", *args]
@@ -65,7 +73,7 @@ def go(trained, data, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, args)])
         capsys.readouterr()
         with pytest.raises(SystemExit, match=rf"\A.*{fails}.*\Z") if fails else nullcontext():
-            predict.main()
+            clean.run(predict.main, "nothing was written")
         assert not Path("none.npz").exists()
         preds = {} if fails or not out else predict.read_preds(out)
         return SimpleNamespace(**capsys.readouterr()._asdict(), **preds)
@@ -148,6 +156,11 @@ def test_ids_that_clash(go, tmp_path, images):
     put(odd := {os.fsdecode(b"odd/caf\xe9.png"): images[0], os.fsdecode(b"odd/caf\xe8.png"): images[0]})
     assert predict.list_images([*odd][:1])[0] == ["caf\ufffd"]
     go(*odd, fails="two images have this id")
+    go(shutil.make_archive("odd", "tar", "odd"), fails="two images have this id")
+    put(dict.fromkeys(["x.png", "x.png.png", "more/x.png"], images[0]))
+    go("x.png", "x.png.png", "more/x.png", fails="x.png: two images have this id")
+    put({"new\nline/a\x1b,\".png": images[0], "new\nline/b\n.png": images[0]})
+    assert go("new\nline", "--submission", "s.csv").ids.tolist() == predict.read_submission("s.csv")[0]
 
 
 def test_known_prompts_are_targets(go, raw, images):
@@ -179,6 +192,8 @@ def test_a_bad_image_never_shifts_a_row(go, model, images):
 def test_user_errors_are_one_line(go, trained, copy, data, images):
     put({"x.zip": "PK not really", "x.csv": "a,b\n1,2\n", "hole.csv": "image,b\nx.png,1\n,2\n", "empty/notes.md": "",
          "cut/best.safetensors": (trained / "ft/best.safetensors").read_bytes()[:5000]})
+    put({"hole.txt": "", "null.jsonl": '{"prompt": null}'})
+    os.mkfifo("pipe.csv")
     torch.save({"evil": 1}, "pickle.safetensors")
     summary = copy(data) / "summary.json"
     summary.write_text(summary.read_text().replace('"text_model": {', '"text_model": {"other": 1, '))
@@ -186,7 +201,12 @@ def test_user_errors_are_one_line(go, trained, copy, data, images):
             "gone": "no such file", "empty": "no images there", "x.zip": "not a readable archive", "x.csv": "no column",
             "hole.csv": "1 of its 2 rows name no image", "hole.csv --prompt-col c": "no column c",
             "1.png --tta 9": r"--tta 9: must be in \[1, 4\]", "1.png --batch-size 0": "--batch-size 0",
-            "1.png --blend-neighbors 2": r"in \[0, 1\]", "1.png --corpus no.csv": "--corpus no.csv: no such file",
+            "1.png --blend-neighbors 2": r"in \[0, 1\]", "1.png --blend-neighbors nan": r"in \[0, 1\]",
+            "1.png --neighbors 1000000000": "--neighbors 1000000000: must be in", "1.png --workers 9999": "--workers",
+            f"1.png --limit 1{'0' * 30}": "--limit 10", "1.png --corpus pipe.csv": "not a regular file",
+            "pipe.csv": "not a regular file",
+            "1.png --sample-submission pipe.csv": "no such file", "1.png --corpus hole.txt": "no kind of table",
+            "1.png --corpus null.jsonl": "no prompts there", "1.png --corpus no.csv": "--corpus no.csv: no such file",
             "1.png --corpus x.csv": "no column", f"1.png --corpus {summary.parent}": "prompts are embedded by",
             "1.png --run empty": "train one with", "1.png --run cut": "not a readable checkpoint",
             "1.png --run pickle.safetensors": "not a readable checkpoint",
@@ -199,15 +219,30 @@ def test_damaged_predictions_are_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, ids = np.eye(2, 384, dtype=np.float32), np.array(["a", "b"])
     for key, values in {"ids": (["a", {}], ["a", "a"], "a", [1, 2], [b"a", b"b"]), "targets": (x.astype(str), x[:, :3]),
-                        "embeddings": (x * np.nan, x.astype(str), x[:1], x[0]), "groups": ([1], [[1], [2]])}.items():
+                        "embeddings": (
+            x * np.nan, x.astype(str), x[:1], x[0], x * 0, x * [[1], [0]], x * 1e300, x[:, :0], np.ones((2, 5000))),
+            "groups": ([1], [[1], [2]], [{}, 1]), "run": (["a"] * 2000, 1, "a" * 5000)}.items():
         for i, value in enumerate(values):
             np.savez(f"{key}{i}.npz", **{"ids": ids, "embeddings": x, key: np.array(value)})
-    np.savez("ok.npz", ids=ids, embeddings=x)
-    predict.write_submission("ok.csv", ids, x, [0, 1])
+    for i, odd in enumerate((["a" * 5000, "b"], ["\ud800", "b"])):
+        np.savez(f"id{i}.npz", ids=np.array(odd), embeddings=x)
+    np.savez("ok.npz", ids=ids, embeddings=x * 9, more=np.array([{}]))  # which would be unpickled if it were read
+    assert far(predict.read_preds("ok.npz")["embeddings"], x) == 0
+    np.savez_compressed("bomb.npz", ids=ids, embeddings=np.ones((200_000, 384), np.float16))
+    with zipfile.ZipFile("lie.npz", "w") as archive:
+        for name, shape in (("ids", (1 << 40,)), ("embeddings", (1 << 40, 384))):
+            np.lib.format.write_array_header_1_0(header := io.BytesIO(), {
+                "descr": "<U1" if name == "ids" else "<f4", "fortran_order": False, "shape": shape})
+            archive.writestr(f"{name}.npy", header.getvalue())
+    for name in ("pipe.npz", "pipe.csv"):
+        os.mkfifo(name)
+    Path("zero.npz").symlink_to("/dev/zero")
+    Path("folder.npz").mkdir()
+    save("ok.csv", predict.write_submission, ids, x, [0, 1])
     assert predict.read_preds("ok.npz")["run"] == predict.read_preds("ok.csv")["run"] == "ok"
     head, *rows = Path("ok.csv").read_text().splitlines()
     for i, lines in enumerate((rows[:-1], [rows[1], rows[0], *rows[2:]], rows + rows[:384], [], ["a_0,word"], ["a,1"],
-                               ["a_0,", *rows[1:]])):
+                               ["a_0,", *rows[1:]], ["a_0,nan", *rows[1:]], [*rows[:-1], "b_383,inf"])):
         put({f"rows{i}.csv": "\n".join([head, *lines])})
     put({"no.npz": Path("ok.npz").read_bytes()[:900], "pickle.npz": b"\x80\x04\x95", "no.csv": "a,b\n1,2", "0.csv": ""})
     for path in sorted({*map(str, Path().iterdir()), "absent.npz"} - {"ok.npz", "ok.csv"}):
@@ -221,12 +256,12 @@ def test_submission_round_trip(go, images):
     rng = np.random.default_rng(0)
     x, order = unit(rng.standard_normal((3000, 384))), rng.permutation(3000).tolist()
     ids = [f"id_{i}_{i % 7}" for i in range(2996)] + ['comma,"quote"', "ümlaut", "spa ce", "line\nbreak"]
-    predict.write_submission("s.csv", ids, x, order)
+    save("s.csv", predict.write_submission, ids, x, order)
     back, y = predict.read_submission("s.csv")
     assert back == [ids[i] for i in order] and far(y, x[order]) < 1e-6
     assert Path("s.csv").read_text().startswith(f"imgId_eId,val\n{back[0]}_0,")
     stems, sample = [p.stem for p in images[:4]], ["--sample-submission", "sample.csv"]
-    predict.write_submission("sample.csv", stems, x[:4], (3, 0, 2, 1))
+    save("sample.csv", predict.write_submission, stems, x[:4], (3, 0, 2, 1))
     for flags, order in ((sample, (3, 0, 2, 1)), ([], range(4))):
         done = go(*images[3::-1], "--submission", "s.csv", *flags)
         back, y = predict.read_submission("s.csv")
@@ -239,30 +274,78 @@ def test_the_newest_finished_run_and_its_validation_split(go, model, data, train
     for name, last, when in (("old", '{"done": true}', 1), ("new", '{"done": true}', 2), ("unfinished", "{}", 3)):
         put({f"runs/{name}/ft/metrics.jsonl": last, f"runs/{name}/ft/best.safetensors": "not read here"})
         os.utime(f"runs/{name}/ft/metrics.jsonl", (when, when))
+    for i, odd in enumerate((b"\xff\xfe\0", "[1]", "", "1", '{"step": "\\"done\\": true"}', '{"done": true}\n{"step',
+                             "[" * 9999)):
+        put({f"runs/odd{i}/ft/metrics.jsonl": odd, f"runs/odd{i}/ft/best.safetensors": ""})  # are newer, and skipped
+    put(dict.fromkeys(["runs/pipe/ft/best.safetensors", "runs/folder/ft/metrics.jsonl/x"], ""))
+    os.mkfifo("runs/pipe/ft/metrics.jsonl")
     assert predict.newest_run() == Path("runs/new/ft") and "changed" not in go("--html", "r.html", out=None).err
     preds, (pairs, targets, summary) = predict.read_preds("preds/tiny-ft-tta1.npz"), clean.read_data(data)
     val = pairs.with_row_index().filter(pl.col("split") == "val")
     assert preds["ids"].tolist() == [f"{i:07d}" for i in val["index"]] and len(val) == 40
-    assert far(preds["targets"], targets[val["index"]]) == 0
+    assert far(preds["targets"], targets[val["index"]]) < 1e-6
     assert far(preds["embeddings"], embed(model, [data / p for p in val["image"]])) < 1e-5
     assert re.findall("<h2>(.*?)<", Path("r.html").read_text()) == [Path(p).name for p in val["origin"]]
     monkeypatch.setattr(predict, "read_data", lambda _: (pairs, targets, summary | {"hashes": {}}))
     assert "has changed" in go().err
 
 
+def test_only_our_files_are_replaced(go, images, tmp_path):
+    """--overwrite names what it replaces. Everything else stays: other files, inputs, folders, links; two outputs need
+    two names, and a process that writes keeps others away."""
+    outputs = {"--submission": "s.csv", "--html": "r.html", "--out": "q.npz"}
+    args = images[0], "--neighbors", 2, *(a for pair in outputs.items() for a in pair)
+    files = {*outputs.values(), "q.neighbors.parquet"}
+    for replaced in (0, 4):
+        assert go(*args, out=None).out.count("will be replaced") == replaced and {*os.listdir()} == files
+    np.savez("their.npz", ids=["a"], x=[1])
+    pl.DataFrame({"id": [1], "prompt": ["a"]}).write_parquet("t.neighbors.parquet")
+    put({"their.csv": "id,val\n", "their.html": "<!doctype html>mine", "in.png": images[0], "t.npz": Path("q.npz")})
+    Path("pipe").symlink_to("gone")
+    Path("folder").mkdir()
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()}
+    for line, said in {
+            "--out their.npz": "their.npz: not made by", "--submission their.csv": "their.csv: not made by",
+            "--html their.html": "their.html: not made", "--out t.npz --neighbors 2": "t.neighbors.parquet: not made",
+            "--html in.png": "in.png: is another", "--out a.npz --html ./a.npz": "a.npz: is another",
+            "--submission s.csv --sample-submission s.csv": "s.csv: is another", "--html .": ".: not the name",
+            "--html folder/../folder": "not the name", "--html pipe": "not the name", "--out in.png/a": "not the name",
+            "--html none/..": "not the name", "--out . --neighbors 2": "not the name"}.items():
+        go("in.png", *line.split(), out=None, fails=said)
+    assert before == {p: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()}
+    with predict.claim(["new.npz"], False):
+        child = os.fork()
+        if not child:  # where pytest must not go on
+            try:
+                with predict.claim(["new.npz"], True):
+                    os._exit(0)
+            except SystemExit as e:
+                os._exit(7 * ("new.npz: another process" in str(e)))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert before.keys() == {*tmp_path.iterdir()}
+
+
+def test_what_is_not_finite_is_not_written(go, images, monkeypatch):
+    """One line, before any file; such as after an overflow of 16 bits."""
+    for value in (np.nan, np.inf, 0.5):
+        monkeypatch.setattr(predict, "embed", lambda model, x, size: (torch.full((len(x), 384), value), size))
+        go(*images, "--submission", "s.csv", fails="--precision fp32.* 12 of 12 embeddings are not finite rows")
+    assert not list(Path().iterdir())
+
+
 def test_full_disk_and_interrupt(go, trained, images, monkeypatch):
     """One line, and the old file stays."""
     x, ids = np.ones((99, 384), np.float32), [f"{i ** 9}" for i in range(99)]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for write in (lambda: predict.write_preds("out", ids=np.array(ids), embeddings=x),
-                  lambda: predict.write_submission("out", ids, x, range(99)),
-                  lambda: predict.write_neighbors("out", ids, [[(0.5, i)] for i in ids]),
-                  lambda: predict.write_report("out", "t", {}, ids, [""] * 99)):
+    for write in (lambda f: predict.write_preds(f, ids=np.array(ids), embeddings=x),
+                  lambda f: predict.write_submission(f, ids, x, range(99)),
+                  lambda f: predict.write_neighbors(f, ids, [[(0.5, i)] for i in ids]),
+                  lambda f: predict.write_report(f, "t", {}, ids, [""] * 99)):
         put({"out": "old"})
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
         try:
             with pytest.raises(SystemExit, match=r"^out: cannot be written \(.*$"):
-                write()
+                predict.write_all({}, {"other": lambda f: f.write(b"short"), "out": write})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         assert Path("out").read_text() == "old" and list(Path().iterdir()) == [Path("out")]
@@ -270,7 +353,7 @@ def test_full_disk_and_interrupt(go, trained, images, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, images), "--run", str(trained), "--workers", "0"])
     with pytest.raises(SystemExit, match="^\ninterrupted; nothing was written$"):
         runpy.run_path(str(ROOT / "predict.py"), run_name="__main__")
-    assert not Path("preds").exists()
+    assert not list(Path("preds").glob("*"))
 
 
 def test_neighbours_are_exact(go, monkeypatch):
@@ -310,6 +393,12 @@ def test_readable_prompts(go, data, images):
     assert "star" in done.out and "bad.png" in done.err and not re.search("[\x1b\x9b]", done.out + done.err)
 
 
+def test_no_control_character_in_the_report():
+    odd = "a\x1b[31m\0b\x9b\u202e\ud800 \rz\x08"
+    predict.write_report(page := io.BytesIO(), odd, {odd: odd}, [odd], [""], [0.5], 0.4, [odd], [[(0.5, odd)]], [odd])
+    assert not clean.CONTROL.search(text := page.getvalue().decode()) and text.count("[31m") == 7
+
+
 def browse(page, script=""):
     """The DOM of a page after its scripts ran in headless Chromium, as text. script: run it in the page, without the
     page's policy (so that ours may run, and the escaping is tested alone) -> what it returns."""
@@ -332,7 +421,7 @@ def test_report_in_a_browser(go, images):
                "</li></ul><svg onload=window.hacked=3>", "'; window.hacked = 4; '", "&lt;b&gt; {} ${window.hacked=5}"]
     thumbnails = [predict.thumbnail(p) for p in [*images[:5], Path("gone.png")]]
     near, cosines = [[(0.5, p), (0.4, "twin")] for p in hostile], [0.5, 0.9, 0.1, 0.7, 0.3, 0.6]
-    predict.write_report("r.html", hostile[1], {hostile[0]: hostile[1]}, hostile, thumbnails, cosines, 0.4,
+    save("r.html", predict.write_report, hostile[1], {hostile[0]: hostile[1]}, hostile, thumbnails, cosines, 0.4,
                          hostile[::-1], near, ["", "", "", "", "", hostile[0]])
     text = Path("r.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|url\(|@import|https?:""", text), "nothing from outside"
@@ -362,7 +451,7 @@ def test_report_in_a_browser(go, images):
 def test_two_thousand_cards(go, images):
     """Below 20 MB; sorting and filtering put cards into the page in one piece, and change nothing card by card."""
     n, near = 2000, [(0.5, "another prompt of some words " * 3)] * 5
-    predict.write_report("r.html", "t", {}, [f"image {i}" for i in range(n)], [predict.thumbnail(images[0])] * n,
+    save("r.html", predict.write_report, "t", {}, [f"image {i}" for i in range(n)], [predict.thumbnail(images[0])] * n,
                          np.linspace(0, 1, n), 0.4, ["a prompt of twelve words " * 3] * n, [near] * n)
     assert Path("r.html").stat().st_size < 20e6
     got = browse(Path("r.html").read_text(), """
