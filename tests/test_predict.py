@@ -208,8 +208,8 @@ def test_user_errors_are_one_line(go, trained, copy, data, images):
             "1.png --sample-submission pipe.csv": "no such file", "1.png --corpus hole.txt": "no kind of table",
             "1.png --corpus null.jsonl": "no prompts there", "1.png --corpus no.csv": "--corpus no.csv: no such file",
             "1.png --corpus x.csv": "no column", f"1.png --corpus {summary.parent}": "prompts are embedded by",
-            "1.png --run empty": "train one with", "1.png --run cut": "not a readable checkpoint",
-            "1.png --run pickle.safetensors": "not a readable checkpoint",
+            "1.png --run empty": "train one with", "1.png --run cut": "does not fit",
+            "1.png --run pickle.safetensors": "does not fit",
             "1.png --sample-submission x.csv": "not a Kaggle submission"}.items():
         go(*line.replace("1.png", str(images[0])).split(), fails=said)
 
