@@ -141,9 +141,9 @@ def config_flaw(spec):
         return None if spec["model"].startswith("timm:") else wrong
     vision = spec["config"]["vision_cfg"]
     tokens = (spec["image_size"] / (vision.get("patch_size") or 32)) ** 2
-    odd = [k for k, v in vision.items() if not plain(v)] + ["patch_size"] * (tokens > 160 ** 2)
-    if not isinstance(vision.get("layers"), list) and (vision.get("width") or 768) % (vision.get("head_width") or 64):
-        odd.append("head_width")  # fewer heads would fit the weights, and compute something else
+    width = (vision.get("width") or 768) * (32 if isinstance(vision.get("layers"), list) else 1)  # of attention
+    odd = [k for k, v in vision.items() if not plain(v)] + ["patch_size"] * (tokens > 160 ** 2) + (
+        ["head_width"] * (width % (vision.get("head_width") or 64) > 0 and not vision.get("timm_model_name")))
     return f"{at}.vision_cfg.{odd[0]}" if odd else None
 
 
