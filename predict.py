@@ -55,8 +55,8 @@ BLEND_K = 100  # neighbours of --blend-neighbors
 REPORT_MAX = 2000  # cards, about 6 KB each
 KINDS = {"ids": "U", "embeddings": "f", "targets": "f", "groups": "iufU", "run": "U", "checkpoint": "U", "views": "U"}
 MAX_TEXT = 4096  # characters of an id
-# how files of predict.py and ensemble.py begin and end: --overwrite replaces no others
-OURS = re.compile(rb"imgId_eId,val\n|PK\x03\x04.{26}ids\.npy.*embeddings\.npy|PAR1.*\x02id.*\x04rank.*\x06cosine.*\x06prompt|"
+# how files of predict.py and ensemble.py begin and go on: --overwrite replaces no others
+OURS = re.compile(rb"imgId_eId,val\n|PK\x03\x04.{26}ids\.npy.*embeddings\.npy|PAR1.*id.*rank.*cosine.*prompt|"
                   rb"<!doctype html>.{99,140}img-src data:; style-src 'unsafe-inline'; script-src 'sha256-|"
                   rb'\{\n "members": \[|\x89PNG.{1,99}Software\x00ensemble\.py|'
                   rb'.{8}\{"__metadata__".*\\"soup\\": \[|\{"step": 0, "val_cosine": ', re.S)
@@ -87,7 +87,8 @@ def read_preds(path):
         shapes = x.ndim == 2 and ids.shape == groups.shape == x.shape[:1] and y.shape == x.shape
         types = all(v.dtype.kind in KINDS[k] and v.dtype.itemsize <= 4 * MAX_TEXT
                     and (v.size <= 1000 or v.shape[:1] == ids.shape) for k, v in preds.items())
-        if not (shapes and types and 0 < x.shape[1] <= 4096 and len({i.encode() for i in ids.tolist()}) == len(ids) > 0):
+        unique = shapes and types and 0 < len({i.encode() for i in ids.tolist()}) == len(ids)
+        if not (unique and 0 < x.shape[1] <= 4096):
             raise ValueError(f"needs unique text as ids {ids.shape} of embeddings {x.shape} and targets {y.shape}")
     except Exception as e:  # a decoder
         sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
@@ -155,36 +156,36 @@ def find_rows(wanted, ids, what):
 # ----------------- the output
 
 def identify(file):
-    """What tells a file from another one that later has its name"""
-    stat = os.stat(file)
-    return f"{stat.st_ino}-{stat.st_mtime_ns}"
+    """What tells a file from another one that has its name later"""
+    return f"{os.stat(file).st_ino}-{os.stat(file).st_mtime_ns}"
 
 
 def is_ours(path):
     with open(path, "rb") as f:
-        start = f.read(1 << 16)
-        f.seek(max(0, os.path.getsize(path) - len(start)))
-        return OURS.match(start + f.read(len(start)))
+        start, end = f.read(1 << 16), max(0, os.path.getsize(path) - (1 << 16))
+        f.seek(end)
+        return OURS.match(start + f.read(1 << 16))
 
 
 @contextmanager
 def claim(paths, overwrite, inputs=()):
-    """Lock what a command will write, or exit where another file could be lost -> {path: lock}, for write_all"""
-    paths, inputs, locks = [str(p) for p in paths if p], [os.path.realpath(p) for p in inputs if p], {}
-    places = [os.path.realpath(p) for p in paths]
+    """Lock the files that a command will write, or exit if another file could be lost -> {path: lock}, for write_all"""
+    paths, locks = [str(p) for p in paths if p], {}
+    places, taken = ([os.path.realpath(p) for p in some if p] for some in (paths, inputs))
     try:
         for path, place in zip(paths, places):
-            if places.count(place) > 1 or place in inputs:
-                sys.exit(f"{path}: is another output or an input of this command, too; choose another name")
             folders = map(os.path.isdir, filter(os.path.exists, Path(place).parents))
-            if os.path.lexists(path) and not os.path.isfile(path) or os.path.isdir(place) or not all(folders):
+            if places.count(place) > 1 or place in taken:
+                sys.exit(f"{path}: is another output or an input of this command, too; choose another name")
+            if os.path.lexists(path) != os.path.isfile(path) or os.path.isdir(place) or not all(folders):
                 sys.exit(f"{path}: not the name of a file, or not in a folder; choose another name")
             lock = hold(path)
-            if not os.fstat(lock.fileno()).st_nlink:  # removed by a process that ended just now
-                sys.exit(f"{path}: another process has just written there; look at it, or choose another name")
+            if not os.fstat(lock.fileno()).st_nlink:  # removed by its last holder, who was just done
+                sys.exit(f"{path}: another process has just written there; choose another name")
             locks[path] = lock
             sweep(Path(path).parent, glob.escape(Path(path).name))
-            if os.path.isfile(path) and identify(path).encode() not in os.pread(lock.fileno(), 1 << 16, 0).split():
+            killed = os.pread(lock.fileno(), 1 << 16, 0).decode(errors="replace").split()
+            if os.path.isfile(path) and identify(path) not in killed:  # else a killed run's, which is written again
                 if not overwrite:
                     sys.exit(f"{path}: already there; choose another name, or --overwrite it")
                 if not is_ours(path):
@@ -199,8 +200,8 @@ def claim(paths, overwrite, inputs=()):
 
 
 def write_all(locks, jobs):
-    """jobs: {path or None: function that writes it into a binary file}. All are written beside their paths, then renamed.
-    The locks tell the next run which files are those of one that was killed while renaming."""
+    """jobs: {path or None: function that writes it into a binary file}. All are written beside their paths, and only
+    then renamed; if a kill comes in between, the locks tell the next run which files are the killed one's."""
     with ExitStack() as stack:
         files = {path: stack.enter_context(atomic(path)) for path in filter(None, jobs)}
         for path, f in files.items():
@@ -574,8 +575,7 @@ def main():
         args.neighbors = 5 if args.corpus or (Path(meta["data"]) / "summary.json").is_file() else 0
         if not args.neighbors:
             print(f"{meta['data']}, the training data, is not here: no neighbours without --corpus")
-    out = Path(args.out or "")
-    table = f"{out.parent / out.stem}.neighbors.parquet" if args.out and args.neighbors else None
+    table = f"{os.path.splitext(args.out)[0]}.neighbors.parquet" if args.out and args.neighbors else None
     with claim([args.out, table, args.submission, args.html], args.overwrite,
                [*args.images, args.sample_submission, args.corpus, checkpoint]) as locks:
         predict_all(args, model, checkpoint, views, table, locks)
