@@ -45,7 +45,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from errno import EACCES, EDQUOT, EEXIST, EFBIG, EISDIR, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from functools import lru_cache, partial
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 import polars as pl
@@ -320,7 +320,7 @@ def open_archive(path, pid):
     pid: os.getpid(), because after a fork two processes would share one file position."""
     if path.lower().endswith(".zip"):
         archive = ZipFile(path)
-        read = archive.read  # never more than the header claims
+        read = lambda m: archive.open(m).read(m.file_size)  # noqa: E731, archive.read would unpack all, and cut it
         found = [(m.filename, m.file_size, m) for m in archive.infolist() if not m.is_dir()]
     else:
         archive, found = open_tar(path)
@@ -333,6 +333,8 @@ def open_archive(path, pid):
             left["unsafe name"] += 1
         elif getattr(m, "flag_bits", 0) & 1:
             left["encrypted member"] += 1
+        elif getattr(m, "compress_type", ZIP_STORED) not in (ZIP_STORED, ZIP_DEFLATED):  # those know no limit
+            left["member that is neither stored nor deflated"] += 1
         elif size > min(MAX_MEMBER, MAX_RATIO * max(getattr(m, "compress_size", size), 1)):
             left["member that unpacks to too much"] += 1
         else:
@@ -637,7 +639,7 @@ def encode_cached(prompts, text_model=MINILM, device=None, cache="data/.cache", 
     sweep(folder)
     for path in sorted(folder.glob("*.npz")):
         try:
-            with np.load(path, allow_pickle=False) as f:
+            with np.load(path if path.is_file() else "", allow_pickle=False) as f:
                 rows, x = f["keys"].tolist(), f["x"]
             if x.dtype != np.float32 or x.shape != (len(rows), width) or len(not_unit(x)):
                 raise ValueError("not unit rows of this encoder")

@@ -179,8 +179,8 @@ def draw_demo(folder, rows=5600, corrupted=800, seed=0):
         if mark == made and (folder / "prompts.csv").is_file():
             return folder / "prompts.csv"
         files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
-        others = [f for f in files if not re.fullmatch(r"images/\d{5}\.\w+|prompts\.csv|demo\.json|.*\.tmp", f)]
-        if files and mark is None or others:
+        files = [f for f in files if not re.fullmatch(r"\.[^/]+\.\d+\.tmp", f)]  # of a killed run
+        if files and mark is None or not all(re.fullmatch(r"images/\d{5}\.\w+|prompts\.csv|demo\.json", f) for f in files):
             sys.exit(f"{folder}: not drawn by the demo, or with other files in it; move it away, or choose another --out")
         remove(folder, ["demo.json"])
     (folder / "images").mkdir(parents=True)
