@@ -234,7 +234,8 @@ def data_flaws(pairs, targets, summary):
     yield from (f"pairs.parquet: {k}" for k in ("prompt", "split", "group") if pairs[k].null_count())
     yield None if pairs["split"].is_in(SPLITS).all() else "pairs.parquet: split"
     yield None if pairs["image"].str.contains(f"^{STORED}$").all() else "pairs.parquet: image"  # or outside the folder
-    yield None if targets.dtype == np.float32 and targets.ndim == 2 else f"targets.npy: {targets.dtype} {targets.shape}"
+    array = isinstance(targets, np.ndarray) and targets.dtype == np.float32 and targets.ndim == 2  # np.load also opens zips
+    yield None if array else f"targets.npy: {getattr(targets, 'dtype', '')} {getattr(targets, 'shape', '')}"
     yield None if len(pairs) == len(targets) else f"{len(pairs)} pairs, {len(targets)} targets:"
 
 
@@ -1708,9 +1709,10 @@ def check_args(args):
         sys.exit("--generate: install the package it needs with: pip install diffusers")
     if Path(args.out).name in ("", "..") or Path(args.out).is_symlink():
         sys.exit(f"--out {args.out}: must be a name for a new folder; a link, or the folder you are in, cannot be replaced")
-    for path in map(Path, [*args.input, *args.exclude]):
-        if not path.exists():
-            sys.exit(f"{path}: no such file or folder; INPUT and --exclude are paths")
+    for path in [*args.input, *args.exclude]:
+        if not path or not Path(path).exists():  # Path("") is the folder you are in
+            sys.exit(f"{path or repr(path)}: no such file or folder; INPUT and --exclude are paths")
+        path = Path(path)
         for out in (Path(f"{Path(args.out)}{end}").resolve() for end in ("", ".partial", ".old")):
             if out in (path.resolve(), *path.resolve().parents) or path.resolve() in out.parents:
                 sys.exit(f"--out {args.out}: {out.name} overlaps with the input {path}; choose an --out beside it")
@@ -1761,7 +1763,9 @@ def read_inputs(args, out):
             from demo import draw_demo
         except ImportError:
             sys.exit("no INPUT, and no tests/demo.py to draw the demo; give a table, folder, zip or tar")
-        inputs = [draw_demo(out.with_name(f"{out.name}-raw"), seed=args.seed)]
+        raw = out.with_name(f"{out.name}-raw")
+        with writing(raw):
+            inputs = [draw_demo(raw, seed=args.seed)]
     given, paths = ", ".join(map(str, inputs)), [Path(p).absolute() for p in inputs]
     names = [p.name if p.is_dir() else p.name.split(".")[0] for p in paths]
     names = [str(p) if names.count(n) > 1 else n for p, n in zip(inputs, names)]  # two sources of one name

@@ -226,9 +226,10 @@ def list_images(items, image_col=None, prompt_col=None, limit=None):
     """Files, folders, archives, tables -> ids (file names without suffix; whole paths where these clash), sorted paths,
     prompts (None unless all are known)"""
     found, names, left = {}, {}, Counter()  # path: prompt, path: file name
-    for path in map(Path, items):
-        if not path.exists():
-            sys.exit(f"{path}: no such file or folder")
+    for path in items:
+        if not path or not os.path.exists(path):  # Path("") is the folder you are in
+            sys.exit(f"{path or repr(path)}: no such file or folder")
+        path = Path(path)
         if not (path.is_dir() or is_archive(path) or is_table(path)):
             found[str(path)] = None
             continue

@@ -796,7 +796,7 @@ def is_shard(file, shape, dtype):
         return False
     with suppress(*ARCHIVE_ERRORS):
         x = np.load(file if file.is_file() else "", mmap_mode="r", allow_pickle=False)
-        if x.shape == shape and x.dtype == dtype and np.isfinite(x).all():
+        if isinstance(x, np.ndarray) and x.shape == shape and x.dtype == dtype and np.isfinite(x).all():
             return True
     print(f"{file}: not the features that this run would write; computed again", file=sys.stderr)
     return False

@@ -115,7 +115,9 @@ def test_archive_bombs(tmp_path, monkeypatch):
     assert names("a.zip", {"good.png": png(), "bomb.png": bytes(1 << 22)}) == ["good.png"]
     put(tmp_path / "a.lzma.zip", {"a.png": png()}, zipfile.ZIP_LZMA)  # whose decompressor knows no limit
     assert not clean.open_archive(str(tmp_path / "a.lzma.zip"), os.getpid())[1]
-    liar = bytearray(put(tmp_path / "liar.zip", {"a.png": bytes(1 << 29)}).read_bytes())
+    with zipfile.ZipFile(tmp_path / "liar.zip", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.png", "w") as f:
+        f.writelines([bytes(1 << 20)] * 512)
+    liar = bytearray((tmp_path / "liar.zip").read_bytes())
     struct.pack_into("<I", liar, liar.rindex(b"PK\1\2") + 24, 1 << 20)  # unpacks to 512 MB, says 1 MB
     (tmp_path / "liar.zip").write_bytes(liar)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -619,7 +621,7 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
     alike = table([{"image": "0.png", "prompt": p} for p in ("one two red six ten", "one two red six")], "alike.csv")
     for args, match in [
             ([tmp_path / "empty.csv"], "no rows"), ([tmp_path / "head.csv"], "no rows"),
-            ([good, "--limit", 0], "--limit 0"),
+            ([good, "--limit", 0], "--limit 0"), ([""], "'': no such file"),
             ([tmp_path / "lie.zip"], "not a readable archive"), ([tmp_path / "bytes.parquet"], "image holds Int64"),
             ([tmp_path / "many.parquet", "--text-only"], "more than 20,000,000 rows"),
             ([tmp_path / "fields.parquet"], r"has the fields en, de; pick one: --prompt-col prompt\.en$"),
@@ -645,14 +647,14 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
         other.stdout.readline()
         fails(cleaned, good, match="another process is writing there")
         other.communicate(b"\n")
-    pairs = cleaned(good)[0]
+    pairs, zipped = cleaned(good)[0], put(tmp_path / "x.zip", {"a.npy": npy(np.eye(3))}).read_bytes()
     for name, content, match in [
             ("summary.json", b'{"format": 1}', r"summary.json.format .*--overwrite"), ("summary.json", b"[]", "summary.json is"),
             ("summary.json", b"{", "damaged"), ("pairs.parquet", b"PAR1", "damaged"), ("targets.npy", b"", "damaged"),
             *[("targets.npy", npy(x), match) for x, match in [
                 (np.zeros((3, 384), np.float32), "3 of 3 embeddings are not"), (np.eye(3, 384), "float64"),
                 (np.full((3, 4), np.nan, np.float32), "3 of 3"), (np.eye(2, 384, dtype=np.float32), "3 pairs, 2 targets"),
-                (np.array([{}]), "damaged")]],
+                (np.array([{}]), "damaged")]], ("targets.npy", zipped, "targets.npy"),
             *[("pairs.parquet", parquet(pairs.with_columns(**{k: pl.lit(v)})), f"pairs.parquet: {k}") for k, v in [
                 ("image", "../../x.jpg"), ("image", 1), ("split", "test"), ("prompt", None), ("group", 0.5)]]]:
         before = (out / name).read_bytes()
