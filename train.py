@@ -1137,7 +1137,7 @@ def load_last(args, file):
     flags = vars(parse_args(["--phase", "ft"]))
     types = {"data": str, "phase": lambda v: v == "ft", "precision": lambda v: v in [*DTYPES]} | {
         k: type(v) for k, v in flags.items() if isinstance(v, (bool, list))}  # numbers: check_settings
-    if wrong := misfit(last, LAST, "it") or misfit(last["args"], types, "args"):
+    if wrong := misfit(last, LAST, "it") or misfit(last["args"], types, "args") or min(flags.keys() - last["args"], default=""):
         sys.exit(f"{file}: nothing to resume ({wrong} does not fit); start again with --overwrite")
     check_meta(last["meta"], file)
     if last["world"] != int(os.environ.get("WORLD_SIZE", 1)):

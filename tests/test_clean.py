@@ -655,6 +655,7 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
                 (np.zeros((3, 384), np.float32), "3 of 3 embeddings are not"), (np.eye(3, 384), "float64"),
                 (np.full((3, 4), np.nan, np.float32), "3 of 3"), (np.eye(2, 384, dtype=np.float32), "3 pairs, 2 targets"),
                 (np.array([{}]), "damaged")]], ("targets.npy", zipped, "targets.npy"),
+            ("targets.npy", npy(np.eye(3, 100, dtype=np.float32)), r"float32 \(3, 100\)"),
             *[("pairs.parquet", parquet(pairs.with_columns(**{k: pl.lit(v)})), f"pairs.parquet: {k}") for k, v in [
                 ("image", "../../x.jpg"), ("image", 1), ("split", "test"), ("prompt", None), ("group", 0.5)]]]:
         before = (out / name).read_bytes()
