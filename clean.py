@@ -140,8 +140,9 @@ def writing(path):
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError from an OSError
         cause = e if isinstance(e, OSError) else e.__context__
-        if getattr(cause, "errno", None) in CANNOT_WRITE:
-            sys.exit(f"{path}: cannot be written ({cause.strerror}); what was there before is unchanged")
+        if getattr(cause, "errno", None) in CANNOT_WRITE or str(cause).endswith(" written"):  # of NumPy, without errno
+            why = cause.strerror or "No space left on device"
+            sys.exit(f"{path}: cannot be written ({why}); what was there before is unchanged")
         raise
 
 
