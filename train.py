@@ -160,8 +160,8 @@ def check_meta(meta, path):
     wrong = misfit(meta, META, "metadata") or config_flaw(meta["backbone"]) or (
         None if len(meta["mean_target"]) == meta["dim"] and any(meta["mean_target"]) else "metadata.mean_target")
     return meta if not wrong else sys.exit(
-        f"{path}: {wrong} does not fit: not a readable checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}), or one "
-        "with values out of bounds; train it again")
+        f"{path}: {wrong} does not fit: not a readable checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}), "
+        "or one with values out of bounds; train it again")
 
 
 def check_finite(state, what):
