@@ -150,8 +150,8 @@ def config_flaw(spec):
 def check_spec(spec, name):
     """What --model says -> itself, or exits. What is None is not known yet."""
     if wrong := misfit(spec, {k: SPEC[k] for k in SPEC if spec.get(k) is not None}, "backbone") or config_flaw(spec):
-        sys.exit(f"--model {name}: {wrong} is unknown, out of bounds, or would open files or the hub; change it, in the "
-                 "file or --model-kwargs")
+        sys.exit(f"--model {name}: {wrong} is unknown, out of bounds, or would open files or the hub; change it, in "
+                 "the file or --model-kwargs")
     return spec
 
 
@@ -160,8 +160,8 @@ def check_meta(meta, path):
     wrong = misfit(meta, META, "metadata") or config_flaw(meta["backbone"]) or (
         None if len(meta["mean_target"]) == meta["dim"] and any(meta["mean_target"]) else "metadata.mean_target")
     return meta if not wrong else sys.exit(
-        f"{path}: {wrong} does not fit: not a checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}), or one "
-        "with values out of bounds; train it again")
+        f"{path}: {wrong} does not fit: not a readable checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}) "
+        "or one with values out of bounds; train it again")
 
 
 def check_finite(state, what):
@@ -1019,7 +1019,8 @@ def finetune(model, run, last=None):
             losses, recent = losses + settle(recent, step, scaler, world), []
         if logging:
             rate = (step - logged) * batch / (time.perf_counter() - clock)
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(0).ru_maxrss * 1024
+            cuda = device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(0).ru_maxrss * 1024
             row = {"epoch": round(step / per_epoch, 3), "loss": sum(losses) / len(losses), "lr": args.lr * factor,
                    "grad_norm": norm.item(), "images_per_s": round(rate, 1),
                    "memory_gib": round(peak / 2**30, 2)}
