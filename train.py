@@ -1138,7 +1138,8 @@ def load_last(args, file):
     flags = vars(parse_args(["--phase", "ft"]))
     types = {"data": str, "phase": lambda v: v == "ft", "precision": lambda v: v in [*DTYPES]} | {
         k: type(v) for k, v in flags.items() if isinstance(v, (bool, list))}  # numbers: check_settings
-    if wrong := misfit(last, LAST, "it") or misfit(last["args"], types, "args") or min(flags.keys() - last["args"], default=""):
+    wrong = misfit(last, LAST, "it") or misfit(last["args"], types, "args")
+    if wrong := wrong or min(flags.keys() - last["args"], default=None):
         sys.exit(f"{file}: nothing to resume ({wrong} does not fit); start again with --overwrite")
     check_meta(last["meta"], file)
     if last["world"] != int(os.environ.get("WORLD_SIZE", 1)):
@@ -1180,8 +1181,8 @@ def main():
     args = parse_args()
     args.out = str(Path(args.out or f"runs/{Path(args.data or 'data/demo').resolve().name}"))
     phase, last, lp = Path(args.out) / args.phase, None, args.phase == "lp"
-    if Path.cwd().is_relative_to(Path(args.out).resolve()) or any(
-            os.path.lexists(p) and not p.is_dir() for p in (Path(args.out), phase)):
+    wrong = [p for p in (Path(args.out), phase) if os.path.lexists(p) and not p.is_dir()]
+    if wrong or Path.cwd().is_relative_to(Path(args.out).resolve()) or Path(args.out, "summary.json").exists():
         sys.exit(f"--out {args.out}: must be a folder for this run alone, such as runs/mine")
     if args.resume:
         args, last = load_last(args, phase / "last.pt")

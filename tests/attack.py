@@ -117,6 +117,7 @@ def run_as_main(words, root, log, kill):
     import torch
     os.setsid()
     os.chdir(root)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 0
     try:
         for n, file in enumerate(("/dev/null", log / "out", log / "err")):
@@ -730,10 +731,10 @@ def edits():
             if key:
                 changes = [(f"{key[1].split('cfg.')[-1]}-{v}", key[1], v) for v in expression.split()[1:]]
             for count, (name, at, value) in enumerate(changes, 1):
-                def change(x, meta, at=at, value=value, expression=expression):
+                def change(x, meta, at=at, value=value, expression=expression, command=commands[0]):
                     import numpy as np
                     import polars as pl
-                    if "train.py --phase lp --data data/tiny --out" in commands[0]:
+                    if "train.py --phase lp --data data/tiny --out" in command:  # without --model
                         x["recommend"] = {"model": "timm:resnet10t", "pretrained": "none"}
                     if at:
                         return set_at(meta or x, at, json.loads(value)) or x
@@ -1147,6 +1148,7 @@ def main():
     p.add_argument("--parts", default="kills,disks,inputs", help="which of kills, disks, inputs")
     p.add_argument("--only", default="", help="only the cases whose name contains this")
     args = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # by way of finally
     tmp, start, hub = Path(tempfile.mkdtemp(prefix="attack-")), time.time(), 0
     try:
         hub, base = preload(tmp), tmp / "base"

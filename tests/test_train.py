@@ -264,7 +264,8 @@ def test_resume_refuses(whole, data, copy):
                        ("raw", {"a": 1}), ("raw", last["raw"] | {"head.bias": nan.expand(384)}),
                        ("raw", last["raw"] | {"head.bias": torch.ones(3)}), ("scaler", {"scale": "x"}),
                        ("optimizer", {"state": []}), ("optimizer", {"state": {0: 7}}), ("optimizer", {"state": moved}),
-                       *(("args", last["args"] | more) for more in flags),
+                       ("args", {k: v for k, v in last["args"].items() if k != "lr"}), *(
+                           ("args", last["args"] | more) for more in flags),
                        *(("meta", last["meta"] | more) for more in ({"dim": 7}, {"mean_target": [0] * 384}))):
         torch.save(last | {key: value}, file)
         err = run(*resume, code=1)
@@ -679,7 +680,7 @@ def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch
             ([*LP, "--mixgen", 0.5, "--grad-checkpointing"], "--mixgen --grad-checkpointing: for --phase ft"),
             ([*LP, "--image-size", 4], "--image-size"), ([*LP, "--model", "ViT-L/14"], "did you mean ViT-L-14?"),
             ([*LP[:2], "--model", "timm:test_vit"], "r160_in1k"), ([*LP[:2], "--model", "timm:dpn48b"], "add --pre"),
-            ([*LP, "--model", "timm:hf-hub:a/b"], "timm"), ([*LP, "--pretrained", "x"], "neither a weights file"),
+            ([*LP, "--model", "timm:hf-hub:a/b"], "timm"), ([*LP, "--pretrained", "x"], "neither a weights file"), (["--out", data], "for this run alone"),
             ([*LP, "--model", "timm:test_vit", "--model-kwargs", "checkpoint_path=x"], "--model-kwargs")):
         init = [] if args[0] in ("--init", "--phase") else ["--init", lp]
         err = run("--phase", "ft", *flags, "--out", out, "--overwrite", *init, *args, code=1)
