@@ -680,7 +680,8 @@ def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch
             ([*LP, "--mixgen", 0.5, "--grad-checkpointing"], "--mixgen --grad-checkpointing: for --phase ft"),
             ([*LP, "--image-size", 4], "--image-size"), ([*LP, "--model", "ViT-L/14"], "did you mean ViT-L-14?"),
             ([*LP[:2], "--model", "timm:test_vit"], "r160_in1k"), ([*LP[:2], "--model", "timm:dpn48b"], "add --pre"),
-            ([*LP, "--model", "timm:hf-hub:a/b"], "timm"), ([*LP, "--pretrained", "x"], "neither a weights file"), (["--out", data], "for this run alone"),
+            ([*LP, "--model", "timm:hf-hub:a/b"], "timm"), ([*LP, "--pretrained", "x"], "neither a weights file"),
+            (["--out", data], "for this run alone"),
             ([*LP, "--model", "timm:test_vit", "--model-kwargs", "checkpoint_path=x"], "--model-kwargs")):
         init = [] if args[0] in ("--init", "--phase") else ["--init", lp]
         err = run("--phase", "ft", *flags, "--out", out, "--overwrite", *init, *args, code=1)
