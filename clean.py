@@ -14,6 +14,7 @@ training row has cosine >= --split-threshold to any validation row. All three ar
 """
 import argparse
 import ast
+import atexit
 import base64
 import bz2
 import codecs
@@ -117,7 +118,7 @@ def run(main, interrupted):
     except SystemExit as e:
         sys.exit(e.code.replace("\n", " ") if isinstance(e.code, str) else e.code)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the interpreter needs no second reason
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Python is about to end anyway
 
 
 def write_printable(write, text):

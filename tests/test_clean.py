@@ -653,7 +653,7 @@ def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path,
             ("summary.json", b"{", "damaged"), ("pairs.parquet", b"PAR1", "damaged"), ("targets.npy", b"", "damaged"),
             *[("targets.npy", npy(x), match) for x, match in [
                 (np.zeros((3, 384), np.float32), "3 of 3 embeddings are not"), (np.eye(3, 384), "float64"),
-                (np.full((3, 4), np.nan, np.float32), "3 of 3"), (np.eye(2, 384, dtype=np.float32), "3 pairs, 2 targets"),
+                (np.full((3, 384), np.nan, np.float32), "3 of 3"), (np.eye(2, 384, dtype=np.float32), "3 pairs, 2 targets"),
                 (np.array([{}]), "damaged")]], ("targets.npy", zipped, "targets.npy"),
             ("targets.npy", npy(np.eye(3, 100, dtype=np.float32)), r"float32 \(3, 100\)"),
             *[("pairs.parquet", parquet(pairs.with_columns(**{k: pl.lit(v)})), f"pairs.parquet: {k}") for k, v in [
