@@ -431,8 +431,8 @@ def to_srgb(image):
 
 
 def decode_image(file, max_pixels):
-    image, pixels = Image.open(file, formats=image_formats()[1]), []
-    pixels.append(image.width * image.height)
+    image = Image.open(file, formats=image_formats()[1])
+    pixels = [image.width * image.height]
     if image.format == "TIFF":  # a small image may lie in a huge tile
         pixels.append(image.tag_v2.get(322, 0) * image.tag_v2.get(323, 0))
     if image.format in ("JPEG", "MPO"):  # a progressive one may have a thousand scans; 32 of the largest take seconds

@@ -31,9 +31,9 @@ from PIL import ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_rows, encode_cached, find_images, hold, is_archive,
-                   is_image, is_table, list_counts, make_parser, open_archive, open_rgb, read_data, read_source,
-                   read_table, reason, run, sha256, sweep, top_k, walk, writing)
+from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_ranges, check_rows, encode_cached, find_images, hold,
+                   is_archive, is_image, is_table, list_counts, make_parser, open_archive, open_rgb, read_data,
+                   read_source, read_table, reason, run, sha256, sweep, top_k, walk, writing)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
                    make_loader, pick_device, pick_precision, split_batches, to_square)
 
@@ -522,10 +522,8 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    for key, low, high in (("tta", 1, len(VIEWS)), ("batch_size", 1, 65536), ("workers", 0, 1024), ("limit", 1, 1e9),
-                           ("neighbors", 0, 1000), ("blend_neighbors", 0, 1)):
-        if getattr(args, key) is not None and not low <= getattr(args, key) <= high:
-            sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low}, {high:g}]")
+    check_ranges(args, ((1, len(VIEWS), "tta"), (1, 65536, "batch_size"), (0, 1024, "workers"), (1, 1e9, "limit"),
+                        (0, 1000, "neighbors"), (0, 1, "blend_neighbors")))
     if args.corpus and not Path(args.corpus).exists():
         sys.exit(f"--corpus {args.corpus}: no such file or folder")
 

@@ -130,7 +130,7 @@ def test_weights_flag_and_user_errors(known, write, go):
     assert done.weights == [0.75, 0.25] and done.used == "fixed" and go(a, b, "--weights", "uniform").used == "uniform"
     assert far(done.embeddings, mix([0.75, 0.25], xs[:2])[done.ids.astype(int)]) < 1e-5
     for bad in ("1,2,3", "a,b", "0,0", "nan,1", "inf,1", "1e308,1e308"):
-        go(a, b, "--weights", bad, fails=f"--weights {bad}: ")
+        go(a, b, "--weights", bad, fails=f"--weights {bad}: must be")
     before = Path("preds/ensemble.npz").read_bytes()
     go(a, a, "--weights", "1,-1", "--submission", "s.csv", fails="--weights 1,-1: 600 of 600 embeddings are not finite")
     go(a, b, "--out", a, fails=f"{a}: is another output or an input")

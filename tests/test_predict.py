@@ -275,7 +275,8 @@ def test_the_newest_finished_run_and_its_validation_split(go, model, data, train
     for name, last, when in (("old", '{"done": true}', 1), ("new", '{"done": true}', 2), ("unfinished", "{}", 3)):
         put({f"runs/{name}/ft/metrics.jsonl": last, f"runs/{name}/ft/best.safetensors": "not read here"})
         os.utime(f"runs/{name}/ft/metrics.jsonl", (when, when))
-    for i, odd in enumerate((b"\xff\xfe\0", "[1]", "", "1", '{"step": "\\"done\\": true"}', '{"done": true}\n{"step',
+    for i, odd in enumerate((b"\xff\xfe\0", "[1]", "", '{"done": false}',
+                             '{"step": "\\"done\\": true"}', '{"done": true}\n{"step',
                              "[" * 9999)):
         put({f"runs/odd{i}/ft/metrics.jsonl": odd, f"runs/odd{i}/ft/best.safetensors": ""})  # are newer, and skipped
     put(dict.fromkeys(["runs/pipe/ft/best.safetensors", "runs/folder/ft/metrics.jsonl/x"], ""))
