@@ -31,6 +31,7 @@ import lzma
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -63,6 +64,7 @@ MAX_HEADER = 1 << 20     # bytes of one tar header, long names and all
 MAX_PROMPT = 10_000      # characters; no image was made from more, and a tokenizer takes minutes over a megabyte
 MAX_ROWS = 20_000_000    # of a Parquet file, where a few bytes can claim billions; DiffusionDB Large has 14 million
 BLOCK = 64               # rows of a Parquet image column in memory
+FEW_ROWS = 100           # of validation; a score on fewer says little
 RANGES = (  # low, high, flags
     (1, 1e9, "min_words per_prompt max_tokens gen_steps gen_batch_size limit"), (0, 1e9, "max_words min_side max_side"),
     (1, 1024, "workers"), (8, 65_500, "size"), (1e-9, 1e9, "threshold split_threshold"), (0, 0.99, "val_fraction"),
@@ -90,7 +92,7 @@ MODULES = re.compile(r"sentence_transformers\.([\w.]+\.)?(Transformer|Pooling|No
 SPLITS = "train", "val", "guard", "ood"
 PAIRS = {"image": pl.String, "prompt": pl.String, "split": pl.String, "group": pl.Int64, "origin": pl.String}
 SUMMARY = {"format": lambda v: v == FORMAT, "text_model": {"name": str, "sha256": str}, "hashes": dict,
-           "recommend": dict}  # what is read again
+           "recommend": dict, "args": {"split_threshold": lambda v: number(0, 1e9)(v)}}  # what is read again
 FACTS = {"file": lambda v: re.fullmatch(STORED, v), "bytes": int, "width": int, "height": int}  # of images/log.jsonl
 
 
@@ -124,6 +126,16 @@ def run(main, interrupted):
 def write_printable(write, text):
     text = CONTROL.sub(lambda c: repr(c[0])[1:-1], text)
     write(re.sub("(.{1500}).+", r"\1 ...", text))
+
+
+def warn_few(n):
+    if 0 < n < FEW_ROWS:
+        print(f"only {n} validation rows: a score on so few says little; clean.py --val-fraction makes more of them")
+
+
+def print_next(*command):
+    """The end of a script: what to type next."""
+    print(f"next: {shlex.join(['python', *map(str, command)])}")
 
 
 def check_ranges(args, ranges):
@@ -1875,6 +1887,16 @@ def write_tables(folder, pairs, funnel, targets):
             f.write(buffer.getbuffer())
 
 
+def publish(work, out, old):
+    """Put the finished folder in place. A kill in here is made up for by the next run's prepare_out."""
+    with writing(out):
+        if out.exists():
+            out.rename(old)
+        work.rename(out)
+        if old.exists():
+            remove(old)
+
+
 def main():
     args = parse_args()
     check_args(args)
@@ -1921,8 +1943,8 @@ def main():
     group, split, targets = group[which], split[which], x[pairs["at"]]
     sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard", "ood")}
     if not sizes["val"] and args.val_fraction and not args.text_only:
-        sys.exit(f"no validation rows: the {len(pairs):,} rows are one group at cosine {args.split_threshold}; "
-                 "raise --split-threshold, or add other prompts")
+        sys.exit(f"no validation rows: the {(~ood[which]).sum():,} rows outside --holdout-source are one group at cosine "
+                 f"{args.split_threshold}; raise --split-threshold, or add other prompts")
     leak = top_k(targets[split == "train"], targets[np.isin(split, ["val", "ood"])], 1)[0].max(initial=-1)
 
     # the files; a folder without summary.json, the last, is not finished
@@ -1941,13 +1963,12 @@ def main():
         json.dump({"format": FORMAT, "rows": len(pairs), "split": sizes, "max_train_val_cosine": float(leak),
                    "funnel": funnel.steps, "text_model": find_encoder(args.text_model)[1], "threshold": args.threshold,
                    "hashes": hashes, "recommend": recommend, "args": vars(args)}, f, indent=1)
-    with writing(out):  # a kill in here is finished by the next run's prepare_out
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-        if old.exists():
-            remove(old)
+    publish(work, out, old)
     print(f"wrote {out} ({len(pairs):,} rows)")
+    if args.text_only:
+        return print_next("predict.py", "path/to/images", "--corpus", out)
+    warn_few(sizes["val"])
+    print_next("train.py", "--phase", "lp", "--data", out)
 
 
 if __name__ == "__main__":

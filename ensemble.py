@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clean import check_rows, make_parser, run, sweep
+from clean import FEW_ROWS, check_rows, make_parser, print_next, run, sweep, warn_few
 from predict import (TTAModel, claim, describe, find_rows, mean_and_error, order_for, predict, read_preds,
                      read_validation, write_all, write_preds, write_submission)
 from train import find_checkpoint, load_model, pick_device, save_model
@@ -23,12 +23,39 @@ from train import find_checkpoint, load_model, pick_device, save_model
 BLOCK = 4096  # rows at a time: memory is the members and little else
 FOLDS = 5  # of the cross-validation, by group
 SOUP = "best.safetensors", "metrics.jsonl"
-MIN_ROWS = 100  # fewer rows of known truth are too few to learn weights on
+
+
+def key_of(preds):
+    return preds["checkpoint"] or preds["run"], tuple(preds["views"])
+
+
+def group_files(folder):
+    """The npz files of a folder, grouped by their ids -> files to average, files to fit on or None. Targets of the largest
+    validation (else other) group serve the largest other one, without targets first. Names what is left out."""
+    groups, keys = {}, {}
+    for name in sorted(str(p) for p in Path(folder).glob("*.npz")):
+        m = read_preds(name)
+        if m["run"] != "ensemble":
+            keys[name], known = key_of(m), sum(m[k] is not None for k in ("targets", "groups"))
+            groups.setdefault((known, frozenset(m["ids"].tolist())), []).append(name)
+    if not groups:
+        sys.exit(f"{folder}/: no predictions there; make some with: python predict.py")
+    ranked = sorted(((known, len(names), names) for (known, _), names in groups.items()), key=lambda g: g[:2])
+    known, _, names = ranked.pop()
+    fit, others = None, min(ranked, key=lambda g: (g[0], -g[1]), default=(0, 0, ()))[2]
+    served = [name for name in others if len(partners(keys[name], [keys[n] for n in names])) == 1]
+    if known and served:
+        fit, names = names, served
+    print(f"averaging {', '.join(names)}" + (f"; weights from {', '.join(fit)}" if fit else ""))
+    if left := sorted(keys.keys() - {*names, *(fit or ())}):
+        print(f"left out, because of other images or no targets for its run: {', '.join(left)}")
+    return names, fit
 
 
 def load_members(names):
-    """Predictions joined by id -> dict: ids, x [M unit (N, D)], keys [(checkpoint or run, views)], targets, groups"""
-    ids, truth, groups, x, keys = None, None, None, [], []
+    """Predictions joined by id -> dict: ids, x [M unit (N, D)], runs, keys [(checkpoint or run, views)], targets, groups,
+    trained (N,): rows whose prompts a member was trained on"""
+    ids, truth, groups, trained, x, runs, keys = None, None, None, False, [], [], []
     for name in names:  # one file at a time: the targets that each carries are not held
         m = read_preds(name)
         ids = ids or m["ids"].tolist()
@@ -42,16 +69,23 @@ def load_members(names):
             if (targets - truth).abs().max() > 1e-3:
                 sys.exit(f"{name}: targets differ from those of a member before it")
             groups = m["groups"][order] if groups is None and m["groups"] is not None else groups
-        keys.append((m["checkpoint"] or m["run"], tuple(m["views"])))
-    return {"ids": ids, "x": x, "keys": keys, "targets": truth, "groups": groups}
+            trained = trained if m["trained"] is None else m["trained"][order] | trained
+        runs.append(m["run"])
+        keys.append(key_of(m))
+    return {"ids": ids, "x": x, "runs": runs, "keys": keys, "targets": truth, "groups": groups, "trained": trained}
+
+
+def partners(key, fit_keys):
+    """Indices of the --fit files of a member: of the same run, and of the same views if it has several"""
+    run = [i for i, k in enumerate(fit_keys) if k[0] == key[0]]
+    return [i for i in run if fit_keys[i] == key] or run
 
 
 def match(keys, fit_keys, names, fit_names):
-    """The --fit file of each member: the same run, and the same views if it has several. -> indices into fit_names"""
+    """The one --fit file of each member -> indices into fit_names"""
     found = []
     for key, name in zip(keys, names):
-        run = [i for i, k in enumerate(fit_keys) if k[0] == key[0]]
-        same = [i for i in run if fit_keys[i] == key] or run
+        same = partners(key, fit_keys)
         if len(same) != 1:
             sys.exit(f"--fit: {len(same)} files are of the run of {name} ({key[0]}), not one: {', '.join(fit_names)}")
         found += same
@@ -125,27 +159,34 @@ def choose_weights(report, val, text):
     weights, used = parse_weights(text, models), "fixed"
     if weights is None:
         weights, used = torch.full((models,), 1 / models), "uniform"
-    if val["targets"] is None:
-        print(f"no targets known: {used} weights (learn them with --fit VAL.npz ...)")
+    if val["targets"] is None or np.all(val["trained"]):
+        why = "no targets known" if val["targets"] is None else "all prompts were trained on"
+        print(f"{why}: {used} weights (learn them with --fit VAL.npz ...)")
         return weights, used
     a, g = gram(val["x"], val["targets"])
+    groups = np.arange(len(a)) if val["groups"] is None else val["groups"]
+    if np.any(val["trained"]):
+        new = ~val["trained"]
+        print(f"{(~new).sum():,} rows whose prompts were trained on count for nothing here")
+        a, g, groups = a[new], g[new], groups[new]
     n, plain = len(a), cosines(weights, a, g)
     report |= {"n": n, used: mean_and_error(plain)}
     for member, c in zip(members, a.unbind(1)):
         member["cosine"], member["se"] = mean_and_error(c)
         print(f"{member['name']}  {describe(c)}")
     print(f"{'plain average' if used == 'uniform' else 'fixed weights'}  {describe(plain)}  (n = {n:,})")
-    fold = folds_of(np.arange(n) if val["groups"] is None else val["groups"])
+    warn_few(n)
+    fold = folds_of(groups)
     if text == "learned" and models > 1 and fold.any():
         learned = cross_validate(fold, a, g)
         report |= {"learned": mean_and_error(learned), "gain": mean_and_error(learned - plain)}
         gain, error = report["gain"]
-        pays = n >= MIN_ROWS and gain > 2 * error
+        pays = n >= FEW_ROWS and gain > 2 * error
         weights, used = (fit(a, g), "learned") if pays else (weights, used)
         gains = f"{fold.max() + 1} folds by group; over plain {gain:+.5f} ± {error:.5f}"
         print(f"learned weights  {describe(learned)}  ({gains})")
         print(f"used: {used} weights, because the learned ones {'beat' if pays else 'do not beat'} the plain average "
-              f"by two standard errors over at least {MIN_ROWS} rows")
+              f"by two standard errors over at least {FEW_ROWS} rows")
     for m, member in enumerate(members) if models > 1 else ():
         kept = [i for i in range(models) if i != m]
         rest = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
@@ -199,6 +240,7 @@ def make_soup(runs, checkpoints, best_path, log_path, locks):
     sweep(Path(best_path).parent, f".{SOUP[0]}")  # save_model writes beside f.name, as atomic does
     write_all(locks, {best_path: lambda f: save_model(models[0], meta, f.name),
                       log_path: lambda f: f.write(log.encode())})
+    print_next("predict.py", "--run", Path(best_path).parent, "--tta", 2)
 
 
 def parse_args(argv=None):
@@ -221,9 +263,10 @@ def main():
         checkpoints, paths = [find_checkpoint(r) for r in args.soup], [f"{out}/ft/{n}" for n in SOUP]
         with claim(paths, args.overwrite, checkpoints) as locks:
             return make_soup(args.soup, checkpoints, *paths, locks)
-    names = args.preds or sorted(str(p) for p in Path("preds").glob("*.npz") if read_preds(p)["run"] != "ensemble")
+    names = args.preds
     if not names:
-        sys.exit("preds/: no predictions there; make some with: python predict.py")
+        names, found = group_files("preds")
+        args.fit = args.fit or found
     paths = [out, *(f"{out.parent / out.stem}.{end}" for end in ("json", "png")), args.submission]
     with claim(paths, args.overwrite, [*names, *(args.fit or ()), args.sample_submission]) as locks:
         combine(args, names, *paths, locks)
@@ -234,7 +277,7 @@ def combine(args, names, out, json_path, png_path, submission, locks):
     test = val = load_members(names)  # to apply the weights to, and to learn them on
     order = order_for(args.sample_submission, test["ids"])
     if args.fit:
-        keys = [(m["checkpoint"] or m["run"], tuple(m["views"])) for m in map(read_preds, args.fit)]
+        keys = [key_of(m) for m in map(read_preds, args.fit)]
         val = load_members([args.fit[i] for i in match(test["keys"], keys, names, args.fit)])
         if val["targets"] is None:
             sys.exit(f"--fit {' '.join(args.fit)}: no targets there; make them with: python predict.py")
@@ -252,6 +295,11 @@ def combine(args, names, out, json_path, png_path, submission, locks):
         str(out): lambda f: write_preds(f, ids=test["ids"], embeddings=embeddings, targets=test["targets"],
                                         groups=test["groups"], run="ensemble", views=names)})
     print(f"{len(test['ids']):,} images, {report['used']} weights")
+    if test["targets"] is not None:
+        print_next("predict.py", "path/to/images", "--run", test["runs"][int(weights.argmax())], "--tta", 2)
+    elif not submission:
+        fit = ["--fit", *args.fit] if args.fit else []
+        print_next("ensemble.py", *names, *fit, "--out", out, "--overwrite", "--submission", "submission.csv")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from torch import nn
 from tqdm import tqdm
 
 from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_ranges, check_rows, encode_cached, find_images, hold,
-                   is_archive, is_image, is_table, list_counts, make_parser, open_archive, open_rgb, read_data,
-                   read_source, read_table, reason, run, sha256, sweep, top_k, walk, writing)
+                   is_archive, is_image, is_table, list_counts, make_parser, open_archive, open_rgb, print_next,
+                   read_data, read_source, read_table, reason, run, sha256, sweep, top_k, walk, warn_few, writing)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
                    make_loader, pick_device, pick_precision, split_batches, to_square)
 
@@ -53,7 +53,8 @@ SAME = 0.95  # neighbours this close to a nearer one are the same prompt
 FEW = 8  # images or fewer: print their neighbours
 BLEND_K = 100  # neighbours of --blend-neighbors
 REPORT_MAX = 2000  # cards, about 6 KB each
-KINDS = {"ids": "U", "embeddings": "f", "targets": "f", "groups": "iufU", "run": "U", "checkpoint": "U", "views": "U"}
+KINDS = {"ids": "U", "embeddings": "f", "targets": "f", "groups": "iufU", "trained": "b", "run": "U",
+         "checkpoint": "U", "views": "U"}
 MAX_TEXT = 4096  # characters of an id
 # how files of predict.py and ensemble.py begin and go on: --overwrite replaces no others
 OURS = re.compile(rb"imgId_eId,val\n|PK\x03\x04.{26}ids\.npy.*embeddings\.npy|PAR1.*id.*rank.*cosine.*prompt|"
@@ -77,14 +78,14 @@ def read_npz(path):
 
 
 def read_preds(path):
-    """npz or Kaggle CSV -> dict: ids (N,), embeddings and targets, unit rows float32 (N, D), and groups, the last two
-    or None; run, checkpoint, views"""
+    """npz or Kaggle CSV -> dict: ids (N,), embeddings and targets, unit rows float32 (N, D), groups, and trained, the
+    rows whose prompts were trained on, the last three or None; run, checkpoint, views"""
     try:
         csv = str(path).lower().endswith(".csv")
         preds = dict(zip(("ids", "embeddings"), map(np.array, read_submission(path)))) if csv else read_npz(path)
         ids, x = preds["ids"], preds["embeddings"]
-        y, groups = preds.get("targets", x), preds.get("groups", ids)
-        shapes = x.ndim == 2 and ids.shape == groups.shape == x.shape[:1] and y.shape == x.shape
+        y, rows = preds.get("targets", x), [preds.get(k, ids).shape for k in ("ids", "groups", "trained")]
+        shapes = x.ndim == 2 and rows == [x.shape[:1]] * 3 and y.shape == x.shape
         types = all(v.dtype.kind in KINDS[k] and v.dtype.itemsize <= 4 * MAX_TEXT
                     and (v.size <= 1000 or v.shape[:1] == ids.shape) for k, v in preds.items())
         unique = shapes and types and 0 < len({i.encode() for i in ids.tolist()}) == len(ids)
@@ -97,7 +98,7 @@ def read_preds(path):
             x = np.asarray(preds[k], np.float32)
             preds[k] = x / np.linalg.norm(x, axis=1, keepdims=True)  # those of others have any length
         check_rows(preds[k], f"{path}: {k}")
-    return {"targets": None, "groups": None, **preds, "run": str(preds.get("run", Path(path).stem)),
+    return {"targets": None, "groups": None, "trained": None, **preds, "run": str(preds.get("run", Path(path).stem)),
             "checkpoint": str(preds.get("checkpoint", "")), "views": np.atleast_1d(preds.get("views", [])).tolist()}
 
 
@@ -269,6 +270,18 @@ def read_validation(meta):
     return pairs, paths, np.array(targets[pairs["row"]]), summary["hashes"] == meta["data_hashes"]
 
 
+def find_trained(targets, meta):
+    """-> (N,): is the prompt of this embedding, or one at cosine >= --split-threshold to it, in the run's training
+    data? None if that data is not there any more."""
+    if not Path(meta["data"], "summary.json").is_file():
+        return None
+    pairs, known, summary = read_data(meta["data"])
+    if summary["hashes"] != meta["data_hashes"]:
+        return None
+    train = known[(pairs["split"] == "train").to_numpy()]
+    return top_k(targets, train, 1)[0].max(1, initial=-1) >= summary["args"]["split_threshold"]
+
+
 class ViewDataset(ImageDataset):
     """Image i, decoded once -> its views, uint8 (V, 3, S, S), and what is wrong with it (black then) or ""."""
 
@@ -383,6 +396,27 @@ def mean_and_error(values):
 
 def describe(cosines):
     return "{:.4f} ± {:.4f}".format(*mean_and_error(cosines))
+
+
+def name_weights(meta):
+    """Which weights a checkpoint holds"""
+    if meta.get("soup"):
+        return f"an average of {len(meta['soup'])} runs"
+    if not meta.get("step") and meta["args"].get("phase") == "ft":
+        return "the start of ft, which no epoch beat"
+    return f"{'EMA' if meta.get('weights') == 'ema' else 'raw'} weights of step {meta.get('step') or 0:,}"
+
+
+def print_scores(name, scores, targets, mean, trained):
+    """The cosine of all rows, or of those trained on apart from the others. trained: (N,) or None"""
+    parts = {name: slice(None)}
+    if trained is not None and trained.any():
+        parts = {"trained-on prompts: ": trained, "other prompts: ": ~trained}
+        print("training rows had some of these prompts, or close ones; their score says nothing about new images")
+    for name, rows in parts.items():
+        if len(scores[rows]):
+            print(f"{name}cosine {describe(scores[rows])} (n = {len(scores[rows]):,}); "
+                  f"constant baseline {(targets[rows] @ mean).mean():.4f}")
 
 
 # ----------------- the report
@@ -563,9 +597,9 @@ def main():
     check_args(args)
     checkpoint, views = find_checkpoint(args.run or newest_run()), list(VIEWS)[:args.tta]
     args.run = str(checkpoint.parent)
-    print(f"run {args.run}")
     model = TTAModel(checkpoint, args.precision, pick_device())
     meta = model.meta
+    print(f"run {args.run}: {meta['backbone']['model']}, {name_weights(meta)}")
     # what to write: of a few single images nothing
     few = 0 < len(args.images) <= FEW and all(is_image(p) for p in args.images)
     if not args.out and not few:
@@ -585,6 +619,7 @@ def predict_all(args, model, checkpoint, views, table, locks):
     # what to predict, and the known prompts
     meta = model.meta
     ids, paths, names, prompts, targets, groups = read_input(args, meta, model.device)
+    trained = None if targets is None or groups is not None else find_trained(targets, meta)
     order = order_for(args.sample_submission, ids)
     k = max(args.neighbors or 0, BLEND_K if args.blend_neighbors else 0)
     if k:
@@ -614,7 +649,7 @@ def predict_all(args, model, checkpoint, views, table, locks):
     # files, and what to print
     write_all(locks, {
         args.out: lambda f: write_preds(f, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups,
-                                        run=args.run, checkpoint=sha256(checkpoint)[:16], views=np.array(views)),
+                                        trained=trained, run=args.run, checkpoint=sha256(checkpoint)[:16], views=np.array(views)),
         table: lambda f: write_neighbors(f, ids, neighbors),
         args.submission: lambda f: write_submission(f, ids, embeddings, order),
         args.html: lambda f: report_run(f, args, paths, names, scores, baseline, prompts, neighbors, problems)})
@@ -625,8 +660,15 @@ def predict_all(args, model, checkpoint, views, table, locks):
     for problem in filter(None, problems):
         print(f"{problem}; it got the mean training embedding", file=sys.stderr)
     if targets is not None:
-        print(f"{'' if args.images else 'val '}cosine {describe(scores)} (n = {len(ids)}); "
-              f"constant baseline {baseline:.4f}")
+        print_scores("" if args.images else "val ", scores, targets, mean, trained)
+    if not args.images:
+        warn_few(len(ids))
+    if args.images and targets is not None and trained is None:
+        print(f"{meta['data']} is not here or has changed, so these prompts may have been trained on", file=sys.stderr)
+    if args.out and not args.submission:
+        print_next("ensemble.py", *["--submission", "submission.csv"] * bool(args.images))
+    elif not args.html:
+        print_next("predict.py", *args.images, "--run", args.run, "--html", "report.html")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clean import (ARCHIVE_ERRORS, BadImage, atomic, encode, has_bf16, hold, load_encoder, make_parser, misfit, number,
-                   open_rgb, read_data, reason, run, sweep)
+                   open_rgb, print_next, read_data, reason, run, sweep, top_k, warn_few)
 
 FORMAT = 2
 SHARD = 2048  # images per file of frozen features: what a kill -9 can cost
@@ -56,6 +56,11 @@ DEFAULTS = {  # by phase, where neither command line nor data folder says otherw
     "lp": {"lr": 1e-3, "epochs": 30, "batch_size": 256, "warmup": 50, "ema": 0.0},
     "ft": {"lr": 1e-5, "epochs": 3, "batch_size": 64, "warmup": 200, "ema": 0.9998},
 }
+PHASES = """--phase is missing. Training has two phases, because that keeps pretrained features intact (LP-FT):
+  python train.py --phase lp    linear probe: the head on frozen features; minutes, and what ft starts from
+  python train.py --phase ft    fine-tuning: everything, starting from that head; hours on real data, and the better score
+Add --data data/NAME, as written by clean.py; without it both train on the demo.
+"""
 OF_MODEL = "model pretrained model_kwargs force_quick_gelu image_size image_mean image_std head"
 FT_ONLY = "init dry_run accum_freq mixgen layer_decay unfreeze_from ema grad_checkpointing"
 RANGES = (  # low, high, flags: integers where low is one
@@ -122,7 +127,9 @@ CONFIG = {"embed_dim": whole(1, 8192), "vision_cfg": {  # open_clip's; its other
     "timm_model_pretrained": lambda v: v in (None, False)}}
 META = {"format": lambda v: v == FORMAT, "backbone": SPEC, "head": lambda v: isinstance(v, str) and v in HEADS,
         "dim": whole(1, 4096), "text_model": {"name": lambda v: isinstance(v, str) and v.strip(), "sha256": str},
-        "data": str, "data_hashes": dict, "args": dict, "mean_target": [number(-2, 2)], "n_val": whole(1, 10 ** 12)}
+        "data": str, "data_hashes": dict, "args": dict, "mean_target": [number(-2, 2)], "n_val": whole(1, 10 ** 12),
+        "step": maybe(whole(0, 10 ** 12)), "weights": maybe(lambda v: v in ("raw", "ema")),
+        "soup": maybe(lambda v: isinstance(v, list) and len(v) > 0)}
 LAST = {"step": whole(1, 10 ** 12), "best": number(-2, 2), "score": number(-2, 2), "losses": [number(-1e6, 1e6)],
         "world": whole(1, 10 ** 6), "args": dict, "meta": dict, "optimizer": {"state": dict},
         "raw": lambda v: isinstance(v, dict) and all(isinstance(k, str) and torch.is_tensor(x) for k, x in v.items()),
@@ -513,7 +520,7 @@ def param_groups(model, lr, wd, decay=1.0, unfreeze_from=0):
 
 # ------------------------------------------------------------ data
 
-def load_data(folder, batch):
+def load_data(folder):
     """A data folder without its buffer rows -> paths, prompts, targets (N, 384), train rows, held {split: rows}, mean
     training target (384,), baseline {split: cosine of that mean}, summary."""
     pairs, targets, summary = read_data(folder)
@@ -523,12 +530,11 @@ def load_data(folder, batch):
     held = {s: np.flatnonzero(split == s) for s in ("val", "ood") if s in split}
     if pairs["image"].null_count():
         sys.exit(f"{folder}: has no images (made with --text-only)")
-    if len(train) < batch or "val" not in held:
-        sys.exit(f"{folder}: {len(train)} training and {len(held.get('val', []))} validation rows; "
-                 f"needs {batch} (--batch-size times --accum-freq times processes) and 1")
-    mean = targets[train].mean(0)
+    if "val" not in held:
+        sys.exit(f"{folder}: no validation rows, so no epoch could be chosen; make it again with clean.py --val-fraction")
+    mean = targets[train].sum(0) / max(1, len(train))
     if not mean.any():
-        sys.exit(f"{folder}: the mean of the training targets is zero; add rows")
+        sys.exit(f"{folder}: no training rows, or their targets' mean is zero; add rows")
     baseline = {s: float((targets[rows] @ mean).mean() / np.linalg.norm(mean)) for s, rows in held.items()}
     return SimpleNamespace(paths=[f"{Path(folder) / p}" for p in pairs["image"]], prompts=pairs["prompt"].to_list(),
                            targets=targets, train=train, held=held, mean=mean, baseline=baseline, summary=summary)
@@ -602,6 +608,18 @@ def kill_workers():
         worker.kill()
 
 
+def fit_batch(args, rows, world, rank):
+    """Make a batch that is larger than the data smaller -> rows of a step, of all processes together"""
+    parts = args.accum_freq * world
+    if args.batch_size * parts > rows:
+        if rows < 2 * parts:
+            sys.exit(f"{args.data}: {rows} training rows; needs {2 * parts}, two in each micro-batch of a step")
+        if rank == 0:
+            print(f"--batch-size {args.batch_size}: is now {rows // parts}, because there are {rows:,} training rows")
+        args.batch_size = rows // parts
+    return args.batch_size * parts
+
+
 def split_batches(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
@@ -633,6 +651,12 @@ def mixgen(images, targets, joined, lam=0.5):
 def loss_fn(predicted, targets):
     """1 - cosine of unit rows (B, 384), float32 -> scalar: what is minimised and logged."""
     return 1 - (predicted * targets).sum(-1).mean()
+
+
+def duration(seconds):
+    units = (86400, "days"), (3600, "h"), (60, "min"), (0, "s")
+    size, unit = next((size, unit) for size, unit in units if seconds >= 1.5 * size)
+    return f"{seconds / max(1, size):.3g} {unit}"
 
 
 def lr_at(step, total, warmup):
@@ -819,6 +843,13 @@ def ridge(x, y, x_val, y_val, block=65536):
     return weight.float(), (mean_y - weight @ mean_x).float(), lam, scores[lam]
 
 
+def knn(x, y, x_val, y_val, k=10):
+    """Mean cosine of predicting the average target of the k nearest training images. x (N, D), y (N, 384)"""
+    x, x_val = (F.normalize(v.float(), dim=-1).numpy() for v in (x, x_val))
+    predicted = F.normalize(y[top_k(x_val, x, k)[1]].sum(1), dim=-1)
+    return (predicted * y_val).sum(-1).mean().item()
+
+
 def linear_probe(model, run):
     """--phase lp: the head alone, in float32, on one process: minutes, so nothing to resume. -> best val cosine"""
     args, data, device, best = run.args, run.data, run.device, -math.inf
@@ -826,8 +857,10 @@ def linear_probe(model, run):
     if run.rank > 0:
         return best
     start_log(run)
+    train, val = data.train, data.held["val"]
+    print(f"without training: constant baseline {data.baseline['val']:.4f}, "
+          f"10 nearest training images {knn(x[0, train], y[train], x[0, val], y[val]):.4f} (val cosine)")
     if args.head == "linear":  # start from the closed form
-        train, val = data.train, data.held["val"]
         weight, bias, lam, score = ridge(x[:, train].flatten(0, 1), y[train].repeat(len(x), 1), x[0, val], y[val])
         scale = model.head.weight.std().item() / weight.std()  # the cosine ignores it, but Adam's step size does not
         model.head.load_state_dict({"weight": weight * scale, "bias": bias * scale})
@@ -953,7 +986,7 @@ def finetune(model, run, last=None):
     models = {"raw": model} | ({"ema": copy.deepcopy(model).requires_grad_(False)} if args.ema else {})
     text = data.summary["text_model"]
     encoder = load_encoder(text["name"], device, text["sha256"])[0] if args.mixgen else None
-    batch, m = args.batch_size * args.accum_freq * world, round(args.mixgen * args.batch_size)
+    batch, m = args.batch_size * args.accum_freq * world, int(args.mixgen * args.batch_size + 1e-6)
     per_epoch = len(data.train) // batch
     total = min(2, args.epochs * per_epoch) if args.dry_run else args.epochs * per_epoch  # the second is measured
     step, best, score, losses, recent = 0, -math.inf, math.nan, [], []
@@ -1027,8 +1060,8 @@ def finetune(model, run, last=None):
             log(run, step, **row)
             if rank == 0:
                 facts = " · ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items())
-                eta = (total - step) * batch / rate / 60
-                print(f"step {step:,} ({step / total:.0%}) · {facts} · val {score:.4f} · ETA {eta:.1f} min", flush=True)
+                eta = duration((total - step) * batch / rate)
+                print(f"step {step:,} ({step / total:.0%}) · {facts} · val {score:.4f} · ETA {eta}", flush=True)
             losses, logged, clock = [], step, time.perf_counter()
         if args.dry_run:
             continue
@@ -1058,7 +1091,7 @@ def parse_args(argv=None):
 
     p = make_parser(__doc__)
     add = p.add_argument
-    add("--phase", choices=["lp", "ft"], required=True, help="lp: the head on frozen features; ft: everything")
+    add("--phase", choices=["lp", "ft"], help="lp: the head on frozen features; ft: everything")
     add("--data", help="folder written by clean.py; unset = data/demo")
     add("--out", help="run folder; unset = runs/ and the name of the data folder")
     add("--init", help="ft: run to start from; unset = lp of --out, none = a cold start")
@@ -1097,7 +1130,8 @@ def parse_args(argv=None):
     add("--grad-checkpointing", action="store_true", help="a third more time, far less memory")
     add("--log-every", type=int, default=20, help="steps")
     add("--save-every", type=float, default=5, help="minutes between writes of last.pt")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    return args if args.phase else p.exit(2, PHASES)
 
 
 def key_value(item):
@@ -1202,8 +1236,8 @@ def main():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # of the slowest process's features
     torch.manual_seed(args.seed)
-    batch = args.batch_size * args.accum_freq * (1 if lp else world)  # lp trains on one process
-    data = load_data(args.data, batch)
+    data = load_data(args.data)
+    batch = fit_batch(args, len(data.train), 1 if lp else world, rank)  # lp trains on one process
 
     # the model: of last.pt, whose weights come later; of a checkpoint; or from the command line
     if last:
@@ -1239,8 +1273,19 @@ def main():
         print(f"stopped and saved; resume with: train.py --phase ft --out {args.out} --resume", file=sys.stderr)
         sys.exit(128 + stopped)
     if rank == 0 and not args.dry_run:
-        print(f"{args.phase} done: best val cosine {best:.4f} (n = {meta['n_val']}), constant baseline "
-              f"{data.baseline['val']:.4f} -> {phase}/best.safetensors")
+        finish(args, best, meta["n_val"], data.baseline["val"], phase / "best.safetensors")
+
+
+def finish(args, best, n, baseline, path):
+    """The last lines: the result, and what to type next."""
+    print(f"{args.phase} done: best val cosine {best:.4f} (n = {n}), constant baseline {baseline:.4f} -> {path}")
+    warn_few(n)
+    if args.phase == "lp":
+        return print_next("train.py", "--phase", "ft", "--data", args.data, "--out", args.out)
+    print_next("predict.py", "--run", path.parent, "--tta", 2)
+    if not load_meta(path)["step"]:
+        start = "the cold start" if args.init == "none" else "the lp start"
+        print(f"no epoch beat {start}; best.safetensors is {start}; try another --lr, with --overwrite")
 
 
 if __name__ == "__main__":

@@ -448,7 +448,7 @@ def test_lp(lp, data, flags, tmp_path):
     scores, (model, meta), other = metrics(tmp_path / "lp", "val_cosine"), load_model(tmp_path), weights(lp / "lp")
     assert metrics(tmp_path / "lp", "best") == [max(scores)] == [meta["val_cosine"]]
     assert all(torch.equal(other[k], v) == (not k.startswith("head.")) for k, v in model.state_dict().items())
-    known, stored = train.load_data(data, 16), np.load(next(tmp_path.glob(".features/*/*")))
+    known, stored = train.load_data(data), np.load(next(tmp_path.glob(".features/*/*")))
     assert stored.shape == (2, len(known.paths), 64) and len(known.paths) < len(pl.read_parquet(data / "pairs.parquet"))
     x = model.normalise(train.ImageDataset(known.paths, model.spec)[7][None])
     with torch.no_grad():
@@ -642,7 +642,7 @@ def test_a_bug_shows_its_line(name, bug, workers, ft, tmp_path, monkeypatch):
 
 def test_unreadable_image_stops(ft, data, copy, tmp_path):
     """It is named, in the main process and out of a loader worker, which ends too; no other row takes its place."""
-    known = train.load_data(data := copy(data), 16)
+    known = train.load_data(data := copy(data))
     (image := data / known.paths[known.train[0]]).write_bytes(b"no image")
     args = [*ft, "--data", data, "--overwrite", "--out", tmp_path / "a"]
     said = command("train.py", *args, "--workers", 1, ok=False, timeout=100).stderr
