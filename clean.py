@@ -1823,15 +1823,27 @@ class Funnel:  # the rows that are left, and those that each rule dropped
                      f"image paths are relative to the table, e.g. {self.rows['image'].drop_nulls().first()}")
 
 
-def draw_funnel(steps, path):
+def chart_label(name):
+    """A name of the user's for a chart: escaped, at most 40 characters; draw it with parse_math=False."""
+    text = repr(name)[1:-1]
+    return text if len(text) <= 40 else f"{text[:12]}…{text[-27:]}"
+
+
+def draw_funnel(steps, name, path):
+    """What each rule removed, written to path -> Figure. Rules that removed nothing are left out."""
     from matplotlib.figure import Figure  # pyplot wants a display
-    fig = Figure(figsize=(8, 0.4 * len(steps) + 1), layout="tight")
-    ax = fig.subplots()
-    bars = ax.barh([s["rule"] for s in steps], [s["left"] for s in steps])
-    ax.bar_label(bars, [f" {s['left']:,}" + (f"  (−{s['removed']:,})" if s["removed"] else "") for s in steps])
-    ax.set(xlim=(0, steps[0]["left"] * 1.25), ylim=(len(steps) - 0.5, -0.5), xlabel="rows left after each rule")
+    rows, kept = steps[0]["left"], steps[-1]["left"]
+    rules, removed = zip(*[(s["rule"], s["removed"]) for s in steps if s["removed"]] or [("no rule", 0)])
+    ax = Figure(figsize=(8, 0.32 * len(rules) + 1), layout="constrained").subplots()
+    bars = ax.barh(rules, removed, color="#0072B2")
+    ax.bar_label(bars, [f"{n:,}  ({n / rows:.1%})" for n in removed], padding=5)
+    ax.set_title(f"{chart_label(name)}: {rows:,} in → {kept:,} kept", parse_math=False)
+    ax.set(xlim=(0, max(removed) * 1.2 or 1), xticks=[], xlabel="rows removed by each rule, in order (% of all)")
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    ax.invert_yaxis()
     with atomic(path) as f:
-        fig.savefig(f, format="png")
+        ax.figure.savefig(f, format="png")
+    return ax.figure
 
 
 def report_thresholds(x, prompts, threshold):
@@ -1951,7 +1963,7 @@ def main():
     store.close(set(pairs["image"]))
     pairs = pairs.with_columns(split=pl.Series(split.tolist(), dtype=pl.String), group=group)
     write_tables(work, pairs, funnel, targets)
-    draw_funnel(funnel.steps, work / "funnel.png")
+    draw_funnel(funnel.steps, out.name, work / "funnel.png")
     for s in funnel.steps:
         print(f"  {s['rule']:<18} {'-{:,}'.format(s['removed']) if s['removed'] else '':>10}  {s['left']:>10,}")
     counts = " · ".join(f"{s} {n:,}" for s, n in sizes.items() if n or s != "ood")

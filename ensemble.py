@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clean import FEW_ROWS, check_rows, make_parser, print_next, run, sweep, warn_few
+from clean import FEW_ROWS, chart_label, check_rows, make_parser, print_next, run, sweep, warn_few
 from predict import (TTAModel, claim, describe, find_rows, mean_and_error, order_for, predict, read_preds,
                      read_validation, write_all, write_preds, write_submission)
 from train import find_checkpoint, load_model, pick_device, save_model
@@ -197,15 +197,29 @@ def choose_weights(report, val, text):
 
 
 def draw(file, report):
+    """Cosines with their standard errors where targets are known, else the weights, written to file -> Figure"""
     from matplotlib.figure import Figure  # without pyplot, which wants a display
-    rows = [(f"{m['name']} {m['weight']:.3f}", m.get("cosine", m["weight"]), m.get("se", 0)) for m in report["members"]]
-    labels, values, errors = zip(*rows, *((k, *report[k]) for k in ("uniform", "fixed", "learned") if k in report))
-    ax = Figure(figsize=(9, 0.4 * len(labels) + 1), layout="tight").subplots()
-    ax.errorbar(values, range(len(labels)), xerr=errors, fmt="o")
-    ax.set_yticks(range(len(labels)), [repr(text[-60:])[1:-1] for text in labels], parse_math=False)
-    ax.set_xlabel(f"mean cosine ± standard error (n = {report['n']:,}); weight" if "n" in report else "weight")
-    ax.invert_yaxis()
-    ax.figure.savefig(file, format="png", dpi=110, metadata={"Software": "ensemble.py"})  # so claim knows it as ours
+    members, mixes = report["members"], [k for k in ("uniform", "fixed", "learned") if k in report]
+    labels = [chart_label(m["name"]) + f"  (weight {m['weight']:.3f})" * bool(mixes) for m in members]
+    labels += [k.replace("uniform", "plain average").replace("learned", "learned (cross-validated)") for k in mixes]
+    ax = Figure(figsize=(8, 0.5 * len(labels) + 1.3), layout="constrained").subplots()
+    if mixes:
+        scores = np.array([(m["cosine"], m["se"]) for m in members] + [report[k] for k in mixes])
+        for y, (value, error) in enumerate(scores):
+            ax.errorbar(value, y, xerr=error, fmt="o", capsize=3, color="#0072B2" if y < len(members) else "#D55E00")
+            ax.annotate(f"{value:.4f} ± {error:.4f}", (value, y), (0, 6), textcoords="offset points", ha="center")
+        low, high = (scores[:, 0] - scores[:, 1]).min(), scores.sum(1).max()
+        pad = max(0.05 - (high - low), 0.4 * (high - low)) / 2  # never so narrow that noise looks like a difference
+        ax.set(xlim=(low - pad, high + pad), xlabel=f"mean cosine ± standard error (n = {report['n']:,})")
+    else:
+        bars = ax.barh(range(len(members)), [m["weight"] for m in members], color="#0072B2")
+        ax.bar_label(bars, fmt="%.3f", padding=5)
+        ax.set(xmargin=0.2, xlabel="weight")
+    ax.set_yticks(range(len(labels)), labels, parse_math=False)
+    ax.set(title=f"used: {report['used']} weights", ylim=(len(labels) - 0.5, -0.7))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.figure.savefig(file, format="png", metadata={"Software": "ensemble.py"})  # so claim knows it as ours
+    return ax.figure
 
 
 def make_soup(runs, checkpoints, best_path, log_path, locks):

@@ -46,8 +46,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clean import (ARCHIVE_ERRORS, BadImage, atomic, encode, has_bf16, hold, load_encoder, make_parser, misfit, number,
-                   open_rgb, print_next, read_data, reason, run, sweep, top_k, warn_few)
+from clean import (ARCHIVE_ERRORS, BadImage, atomic, chart_label, encode, has_bf16, hold, load_encoder, make_parser,
+                   misfit, number, open_rgb, print_next, read_data, reason, run, sweep, top_k, warn_few)
 
 FORMAT = 2
 SHARD = 2048  # images per file of frozen features: what a kill -9 can cost
@@ -764,15 +764,30 @@ def report(run, at, row, best):
     scores = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if "cosine" in k]
     splits = [f"{k}: n = {len(v)}, constant baseline {run.data.baseline[k]:.4f}" for k, v in run.data.held.items()]
     print(f"{at} · {' · '.join(scores)} · best {best:.4f} ({'; '.join(splits)})", flush=True)
-    from matplotlib.figure import Figure  # pyplot would want a display
-    rows, fig = read_log(run.phase), Figure(layout="tight")
-    ax = fig.subplots()
-    for key in ("loss", "val_cosine", "val_cosine_ema"):
-        ax.plot(*zip(*[(r["step"], r[key]) for r in rows if number(-9, 9)(r.get(key))]), label=key, marker=".")
-    ax.axhline(run.data.baseline["val"], color="gray", ls="--", label="constant baseline")
-    ax.legend()
     with atomic(run.phase / "curve.png") as f:
-        fig.savefig(f, format="png", dpi=120)
+        draw_curve(read_log(run.phase), run.data.baseline["val"], run.phase).savefig(f, format="png")
+
+
+def draw_curve(rows, baseline, phase):
+    """Validation cosine above training loss -> Figure. The star is the best of both curves, the one that is kept."""
+    from matplotlib.figure import Figure  # pyplot would want a display
+    keys = "val_cosine", "val_cosine_ema", "loss"
+    raw, ema, loss = ([(r["step"], r[k]) for r in rows if number(-9, 9)(r.get(k))] for k in keys)
+    step, best = max(raw + ema, key=lambda point: point[1])
+    top, bottom = Figure(figsize=(8, 5), layout="constrained").subplots(2, sharex=True, height_ratios=(2, 1))
+    top.axhline(baseline, color="gray", ls="--", label=f"constant baseline {baseline:.4f}")
+    top.plot(*zip(*raw), color="#56B4E9" if ema else "#0072B2", marker=".", label="raw weights")
+    top.plot(*zip(*ema), color="#0072B2", marker=".", lw=2, label="EMA weights")
+    top.plot(step, best, "*", ms=15, color="#D55E00", label=f"best {best:.4f}, step {step:,}", zorder=3)
+    bottom.plot(*zip(*loss), color="#0072B2", marker=".", ms=4)
+    top.set_title(chart_label(" / ".join(phase.absolute().parts[-2:])), parse_math=False)
+    top.set_ylabel("validation cosine")
+    bottom.set(ylabel="training loss", xlabel="step")
+    top.legend(frameon=False)
+    for ax in (top, bottom):
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return top.figure
 
 
 # ---------------------------------------------------- linear probe

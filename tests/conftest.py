@@ -112,3 +112,13 @@ def copy(tmp_path):
         shutil.copytree(folder, tmp_path / folder.name, symlinks=True)
         return tmp_path / folder.name
     return copy
+
+
+ODD_NAME = "$_{$\n\x1b\u202e" * 40  # matplotlib would fail on it as a formula
+
+
+def chart_texts(figure):
+    """All that a chart says; nothing in it may be garbled."""
+    texts = [t.get_text() for t in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+    assert all(t.isprintable() and len(t) < 100 for t in texts)
+    return texts

@@ -31,7 +31,7 @@ from PIL import Image
 
 import clean
 import demo
-from conftest import ROOT, SHARED, needs_shared, png, put, unit
+from conftest import ODD_NAME, ROOT, SHARED, chart_texts, needs_shared, png, put, unit
 
 
 def prompts(n):  # six words of their own each, so no encoder finds them alike
@@ -602,6 +602,17 @@ def test_demo_loses_exactly_its_corrupted_rows(tmp_path, monkeypatch):
     train, val = (x[pairs["split"].to_numpy() == s] for s in ("train", "val"))
     assert (train @ val.T).max() < .7 and abs((train @ val.T).max() - summary["max_train_val_cosine"]) < 1e-5
     Image.open(out / "funnel.png").load()
+
+
+def test_funnel_chart(tmp_path):
+    """It shows the rules that removed something, in order, and names the data set whatever its name."""
+    steps = [{"rule": rule, "removed": n, "left": left} for rule, n, left in
+             (("raw", 0, 4000), ("blank", 0, 4000), ("nsfw", 3000, 1000), ("too long", 2, 998))]
+    figure = clean.draw_funnel(steps, "mine", tmp_path / "funnel.png")
+    assert {"mine: 4,000 in → 998 kept", "3,000  (75.0%)"} < set(chart_texts(figure))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["nsfw", "too long"]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [3000, 2] and figure.axes[0].yaxis_inverted()
+    assert "no rule" in chart_texts(clean.draw_funnel(steps[:2], ODD_NAME, tmp_path / "funnel.png"))
 
 
 def test_user_errors_are_one_line_and_bugs_a_traceback(cleaned, table, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """ensemble.py: rows joined by id, weights equal to an independent optimiser's, honest cross-validation, the soup."""
+import io
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import torch
 
 import ensemble
 import predict
-from conftest import ROOT, unit
+from conftest import ODD_NAME, ROOT, chart_texts, unit
 from test_predict import far, save
 from train import Model, load_model, save_model
 
@@ -112,6 +113,23 @@ def test_learned_weights_are_used_where_they_pay(known, write, go):
         assert far(done.embeddings, mix(done.weights, xs)[order]) < 1e-5 and far(done.targets, y[order]) < 1e-6
         assert abs(done.learned[0] - (done.embeddings * done.targets).sum(1).mean()) < 3e-3, "4 weights cannot overfit"
         assert Path("preds/ensemble.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_chart():
+    """Every score with its error, on an axis that does not make noise look like a difference; else weights from 0."""
+    members = [{"name": name, "weight": w, "cosine": 0.7 + w / 1000, "se": 1e-4}
+               for name, w in (("a", -0.25), (ODD_NAME, 0.75))]
+    report = {"members": members, "used": "uniform", "n": 1234, "uniform": [0.701, 2e-4], "learned": [0.702, 3e-4]}
+    for spread in (0, 0.5):
+        report["learned"][0] += spread
+        said = chart_texts(figure := ensemble.draw(io.BytesIO(), report))
+        low, high = figure.axes[0].get_xlim()
+        assert high - low > 0.0499 and low < 0.699 < report["learned"][0] + 0.001 < high
+        assert {"0.6997 ± 0.0001", "0.7010 ± 0.0002", f"{0.702 + spread:.4f} ± 0.0003", "plain average",
+                "mean cosine ± standard error (n = 1,234)", "a  (weight -0.250)"} < set(said)
+    said = chart_texts(figure := ensemble.draw(io.BytesIO(), {"members": members, "used": "fixed"}))
+    assert [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches] == [(0, -0.25), (0, 0.75)]
+    assert {"weight", "used: fixed weights", "0.750"} < set(said)
 
 
 def test_learned_weights_are_not_used_where_they_do_not(known, write, go):

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-equal here and in other processes, and quick on a busy machine
 torch.set_num_threads(1)
 import train  # noqa: E402
-from conftest import ROOT, TINY, command, put  # noqa: E402
+from conftest import ODD_NAME, ROOT, TINY, chart_texts, command, put  # noqa: E402
 from train import encode, load_model, loss_fn, lr_at, save_model, to_square  # noqa: E402
 
 LP = ["--phase", "lp", "--model", TINY, "--pretrained", "none"]
@@ -173,6 +174,21 @@ def test_golden(data, lp, ft, tmp_path, monkeypatch):
     assert meta["args"] == state["args"] == wandb.init.call_args.kwargs["config"] and meta["args"]["mixgen"] == 0.25
     assert (phase / "curve.png").stat().st_size > 1000 and wandb.log.call_count == len(metrics(phase))
     assert compiler.call_count == 1 and state["raw"].keys() == weights(phase).keys() == weights(lp / "lp").keys()
+
+
+@pytest.mark.parametrize("raw, ema, best", [
+    ([.1, .2, .3], [.1, .4, .2], (10, .4)), ([.1, .6, .3], [.1, .4, .5], (10, .6)), ([.1, .3, .2], [], (10, .3)),
+    ([.2], [], (0, .2))], ids=["EMA", "raw", "lp", "one point"])
+def test_curve(raw, ema, best):
+    """The star is the best of the raw and the EMA weights, as in best.safetensors; the title is the phase folder."""
+    rows = [{"step": 0, "args": {}}, *({"step": 10 * i, "val_cosine": x, "ood_cosine": .9} for i, x in enumerate(raw))]
+    rows += [{"step": 10 * i, "val_cosine_ema": x} for i, x in enumerate(ema)] + [{"step": 5, "loss": .8}]
+    said = chart_texts(figure := train.draw_curve(rows, .15, Path("runs/mine/ft")))
+    assert {"mine / ft", "step", "training loss", f"best {best[1]:.4f}, step {best[0]}"} < set(said)
+    star, = [line for line in figure.axes[0].lines if line.get_marker() == "*"]
+    assert (*star.get_xdata(), *star.get_ydata()) == best and ("EMA weights" in said) == bool(ema)
+    chart_texts(odd := train.draw_curve(rows, .15, Path(ODD_NAME, "ft")))
+    odd.savefig(io.BytesIO())
 
 
 @pytest.mark.parametrize("what, optimizer, more", [
