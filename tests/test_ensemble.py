@@ -184,6 +184,29 @@ def test_fit_is_matched_by_run(known, write, go):
     assert "no targets known" in go(*files).printed
 
 
+def test_preds_are_grouped_by_ids(known, write, go):
+    """Without arguments, weights come from validation and serve the other images; what fits neither is named. Rows that
+    were trained on teach nothing."""
+    val, test, fit = write("preds"), [unit(x[::-1]) for x in known[1]], known[1][:3]
+    for m in (0, 1, 2, 7):  # nobody knows what run 7 is worth
+        predict.write_preds(f"preds/test{m}.npz", ids=names(range(N)) + np.array("t"), embeddings=test[m % 4],
+                            run=f"runs/m{m}/ft", checkpoint=f"{m:016x}")
+    predict.write_preds("preds/seen.npz", ids=names(range(9)), embeddings=known[0][:9], targets=known[0][:9], run="m0")
+    done, want = go("--submission", "s.csv"), go(*(f"preds/test{m}.npz" for m in range(3)), "--fit", *val[:3])
+    assert far(done.embeddings, want.embeddings) == 0 and len(done.members) == 3 and done.used == "learned"
+    assert "no targets for its run: preds/seen.npz, preds/test7.npz\n" in done.printed
+    for path in Path("preds").glob("*t*.npz"):
+        path.unlink()
+    wrong = known[0] * np.where(np.arange(N) < 300, -1, 1)[:, None]  # rows of which the scores are worthless
+    for m, x in enumerate(fit):
+        predict.write_preds(val[m], ids=names(range(N)), embeddings=x, targets=wrong, run=f"runs/m{m}/ft",
+                            trained=np.arange(N) < 300)
+    done = go(*val[:3])
+    assert "300 rows whose prompts were trained on" in done.printed and done.n == 300
+    assert done.uniform[0] == pytest.approx((mix(np.ones(3), fit) * known[0]).sum(1)[300:].mean(), abs=1e-5)
+    assert "next: python predict.py path/to/images --run runs/m0/ft --tta 2" in done.printed
+
+
 def test_memory_stays_bounded(tmp_path):
     """Peak memory is that of the members and little else, not a second copy of them."""
     y, noise = (unit(x) for x in np.random.default_rng(0).standard_normal((2, 22_000, 384), dtype=np.float32))

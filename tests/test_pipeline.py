@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import predict
-from conftest import ROOT, command, put
+from conftest import ROOT, TINY, command, put
 
 SCRIPTS = "clean", "train", "predict", "ensemble"
 
@@ -29,6 +29,19 @@ def test_end_to_end(trained, tmp_path):
     assert (one["ids"] == two["ids"]).all() and np.abs(one["embeddings"] - two["embeddings"]).max() > 1e-4
     assert "plain average" in command("ensemble.py", "--submission", "s.csv", cwd=tmp_path).stdout
     assert len(predict.read_submission(tmp_path / "s.csv")[0]) == 40
+
+
+def test_each_script_names_the_next(raw, tmp_path):
+    """What clean.py prints last, typed in, runs, and so on to the end."""
+    done = command("clean.py", raw / "prompts.csv", "--out", "data/a b", "--val-fraction", 0.2, "--size", 32, cwd=tmp_path)
+    tiny = ["--model", TINY, "--pretrained", "none"]
+    for flags in ([*tiny, "--epochs", 1], ["--epochs", 1, "--lr", 1e-3], ["--workers", 0], ["--weights", "uniform"]):
+        *_, found = re.findall("^next: python (.*)", done.stdout, re.M)
+        assert "only 40 validation rows: a score on so few says little" in done.stdout
+        done = command(*shlex.split(found), *flags, cwd=tmp_path)
+    assert done.stdout.endswith("next: python predict.py path/to/images --run 'runs/a b/ft' --tta 2\n")
+    explained = command("train.py", ok=False).stderr
+    assert explained.count("\n") == 4 and "--phase lp " in explained and "--phase ft " in explained
 
 
 def test_nothing_is_overwritten(trained, data, raw, tmp_path, monkeypatch):

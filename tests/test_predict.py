@@ -163,10 +163,15 @@ def test_ids_that_clash(go, tmp_path, images):
     assert go("new\nline", "--submission", "s.csv").ids.tolist() == predict.read_submission("s.csv")[0]
 
 
-def test_known_prompts_are_targets(go, raw, images):
-    """Of a table or of sidecars; not where one is unknown."""
+def test_known_prompts_are_targets(go, raw, data, images):
+    """Of a table or of sidecars; not where one is unknown. Those that were trained on are told apart."""
     table, prompts = go(raw / "prompts.csv"), pl.read_csv(raw / "prompts.csv")
-    assert f"\ncosine {(table.embeddings * table.targets).sum(1).mean():.4f}" in table.out and len(table.ids) == 200
+    train = np.load(data / "targets.npy")[(pl.read_parquet(data / "pairs.parquet")["split"] == "train").to_numpy()]
+    trained, cosines = (table.targets @ train.T).max(1) >= 0.7, (table.embeddings * table.targets).sum(1)
+    assert (table.trained == trained).all() and 100 < trained.sum() < 190 and len(table.ids) == 200
+    for name, rows in ("trained-on", trained), ("other", ~trained):
+        assert f"\n{name} prompts: cosine {cosines[rows].mean():.4f} ± " in table.out
+        assert f"(n = {rows.sum()});" in table.out
     for name, prompt in prompts.select(pl.col("image").str.extract(r"(\w+)\.\w+$"), "prompt").head(2).rows():
         put({f"in/{name}.png": images[0], f"in/{name}.txt": prompt})
     got, row = go(shutil.make_archive("in", "zip", "in")), {i: n for n, i in enumerate(table.ids)}

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 os.environ["OMP_NUM_THREADS"] = "1"  # bit-equal here and in other processes, and quick on a busy machine
 torch.set_num_threads(1)
 import train  # noqa: E402
-from conftest import ODD_NAME, ROOT, TINY, chart_texts, command, put  # noqa: E402
+from conftest import ODD_NAME, ROOT, TINY, chart_texts, command, put, unit  # noqa: E402
 from train import encode, load_model, loss_fn, lr_at, save_model, to_square  # noqa: E402
 
 LP = ["--phase", "lp", "--model", TINY, "--pretrained", "none"]
@@ -477,8 +477,14 @@ def test_lp(lp, data, flags, tmp_path):
     assert 1 - loss_fn(predicted, y[val]).item() == pytest.approx(score, abs=1e-5) and score > known.baseline["val"]
     assert scores[0] == pytest.approx(float(said.split("by val cosine, ")[1].split()[0]), abs=2e-4)
     assert other["head.weight"].std().item() == pytest.approx((2 / 448) ** 0.5, rel=0.3), "as large as a random head"
-    run("--phase", "ft", *flags, "--epochs", 1, "--out", tmp_path)
+    images, queries = (torch.nn.functional.normalize(x[rows], dim=1).numpy() for rows in (known.train, val))
+    near = np.argsort(-queries @ images.T, 1)[:, :10]
+    cosine = (unit(known.targets[known.train][near].sum(1)) * known.targets[val]).sum(1).mean()
+    assert f"10 nearest training images {cosine:.4f}" in said and "only 40 validation rows" in said
+    said = run("--phase", "ft", *flags, "--batch-size", 5000, "--epochs", 1, "--lr", 1e-12, "--out", tmp_path)
     assert metrics(tmp_path / "ft", "val_cosine")[0] == pytest.approx(meta["val_cosine"], abs=1e-5)
+    assert f"is now {len(known.train)}," in said and metrics(tmp_path / "ft", "step")[-1] == 1
+    assert said.splitlines()[-1].startswith("no epoch beat the lp start; best.safetensors is the lp start; try another")
 
 
 def test_features_are_computed_once(lp, flags, tmp_path, monkeypatch):
@@ -683,7 +689,7 @@ def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch
     for args, word in (
             (["--init", tmp_path / "r"], "train.py --phase lp"), (["--data", other], "other targets"),
             (["--data", tmp_path], "not a finished data folder"), (["--data", tmp_path / "nan"], "not finite"),
-            (["--batch-size", 5000], "needs 5000"), (["--force-quick-gelu"], "--force-quick-gelu"),
+            (["--accum-freq", 500], "needs 1000, two in each"), (["--force-quick-gelu"], "--force-quick-gelu"),
             (["--model", "RN50", "--head", "mlp", "--image-size", 64], "--model --image-size --head: ft takes"),
             (["--image-mean", 0, 0, 0, "--model-kwargs", "depth=2"], "--model-kwargs --image-mean"),
             (["--mixgen", 0.6], "--mixgen"), (["--mixgen", 0.3], "blends 4.8 of a"), (["--lr", "nan"], "--lr"),
