@@ -115,6 +115,18 @@ def test_every_readme_command_parses(line):
     importlib.import_module(script).parse_args(words[at + 1:])
 
 
+def test_every_name_of_fork_me_exists():
+    """What README.md says to edit is there to be found, and a flag that spares the edit is one."""
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", (ROOT / "README.md").read_text().split("## Fork me")[1], re.M)[1:]
+    for what, where in rows:
+        source = (ROOT / re.search(r"in (\w+\.py)$", where)[1]).read_text()
+        for name in re.findall(r"`(\w+)`", where):
+            assert re.search(name if name == "AdamW" else rf"^(def )?{name}\b", source, re.M), (what, name)
+        for flag in re.findall("`--([^`]+)`", where):
+            assert any(f'"--{flag}"' in (ROOT / f"{script}.py").read_text() for script in SCRIPTS), flag
+    assert len(rows) > 9
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_code_that_people_edit_is_short_and_hides_no_error(script):
     """`except Exception` stands around a decoder or a hub download and nowhere else; functions fit on a screen."""
