@@ -602,7 +602,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, port, title, answer):
         super().__init__(("127.0.0.1", port), Handler)
         self.answer, self.lock = answer, threading.Lock()
-        self.hosts = f"127.0.0.1:{port}", f"localhost:{port}"
+        self.origins = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
         self.page = make_page(title, f"""<header><h1>{html.escape(title)}</h1>
 <p>Below an image: known prompts near the prediction, not the recovered prompt.</p></header><main><search>
 <label>Drop or paste images anywhere, or choose them
@@ -616,11 +616,11 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     """GET / is the page, POST / takes the bytes of an image. No path that a client sends is ever opened."""
-    timeout = PATIENCE  # of one read
 
     def setup(self):
         super().setup()
         self.deadline = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RDWR])  # of all reads
+        self.deadline.daemon = True  # Ctrl-C does not wait for it
         self.deadline.start()
 
     def finish(self):
@@ -641,23 +641,22 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def refuse(self, origins):
-        """Whether this request is not for us, which it is told. A page elsewhere may know a name for 127.0.0.1."""
-        if self.headers["Host"] not in self.server.hosts or self.headers["Origin"] not in origins:
-            self.respond(403, b"only for pages of this server")
+    def admit(self, ours=True):
+        """Whether to answer; else it has been refused. A page elsewhere may have a name that resolves to 127.0.0.1."""
+        if not ours or f"http://{self.headers['Host']}" not in self.server.origins:
+            self.respond(403, b"only for the page of this server")
         elif self.path != "/":
             self.respond(404, b"there is only /")
         else:
-            return False
-        return True
+            return True
 
     def do_GET(self):
-        if not self.refuse([self.headers["Origin"]]):
+        if self.admit():
             self.respond(200, self.server.page, "text/html")
 
     def do_POST(self):
         size = self.headers["Content-Length"] or ""
-        if self.refuse([f"http://{host}" for host in self.server.hosts]):
+        if not self.admit(self.headers["Origin"] in self.server.origins):
             return
         if not size.isdecimal():
             return self.respond(411, b"needs a Content-Length")
@@ -725,8 +724,7 @@ def parse_args(argv=None):
     g.add_argument("--html", help="report page to write")
     g.add_argument("--txt", action="store_true", help="write the nearest prompts beside each image, as NAME.txt")
     g.add_argument("--overwrite", action="store_true", help="replace these files")
-    g.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a page to drop images on; unset "
-                   "PORT = 8000")
+    g.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="page to drop images on, at 8000")
     g = p.add_argument_group("prompts")
     g.add_argument("--neighbors", type=int, help="per image; unset = 1 for --txt, 5 for few images, --html, --serve")
     g.add_argument("--corpus", help="data folder or table of prompts; unset = the training data")

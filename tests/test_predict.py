@@ -505,7 +505,7 @@ def test_what_a_card_says(go, images):
     assert 6000 < len(predict.thumbnail("photo.png")) < 10_600
     go("photo.png", "--html", "r.html", "--tta", 2, "--neighbors", 1)
     text = Path("r.html").read_text()
-    footer = "<footer>run .*/ft · checkpoint [0-9a-f]{16} · views image, mirror · corpus .*/tiny · made by predict.py"
+    footer = "run .*/ft · checkpoint [0-9a-f]{16} · views image, mirror · corpus .*/tiny · made by predict.py 20..-"
     assert re.search(footer, text) and "<h2>photo.png</h2>" in text and "selected" not in text
 
 
@@ -561,9 +561,11 @@ def server(trained, tmp_path, monkeypatch):
     process = subprocess.Popen([sys.executable, "-u", *map(str, args)], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     assert f"http://127.0.0.1:{port} " in process.stdout.readline() + process.stdout.readline()
+    idle = socket.create_connection(("127.0.0.1", port))  # as browsers open some
     yield port
     process.send_signal(2)
     assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
+    idle.close()
 
 
 def test_wrong_requests(server, go, images):
@@ -596,6 +598,16 @@ def test_wrong_requests(server, go, images):
     for args, said in ((["--serve", server], "Address already in use"), (["--serve", "--txt"], "leave out images"),
                        ([images[0], "--serve"], "leave out images")):
         go(*args, out=None, fails=said)
+
+
+def test_a_slow_client_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr(predict, "PATIENCE", 0.3)
+    with predict.Server(0, "t", None) as server:
+        threading.Thread(target=server.serve_forever).start()
+        with socket.create_connection(server.server_address, timeout=9) as client:
+            client.sendall(b"POST / HT")
+            assert client.recv(9) == b""
+        server.shutdown()
 
 
 @needs_chromium
