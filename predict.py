@@ -620,7 +620,6 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.deadline = threading.Timer(PATIENCE, self.connection.shutdown, [socket.SHUT_RDWR])  # of all reads
-        self.deadline.daemon = True  # Ctrl-C does not wait for it
         self.deadline.start()
 
     def finish(self):
