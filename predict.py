@@ -4,6 +4,8 @@ Reads runs/NAME/<phase>/best.safetensors and images; writes preds/NAME.npz and w
 
 $ python predict.py                             # the validation split of the newest finished run, with its cosine
 $ python predict.py image.png                   # prints the nearest known prompts
+$ python predict.py images/ --txt               # writes them beside each image, as NAME.txt
+$ python predict.py --serve                     # a page at http://127.0.0.1:8000 to drop images on
 $ python predict.py images/ more.zip --run runs/demo/ft --tta 4 --html report.html
 $ python predict.py test/ --sample-submission sample_submission.csv --submission submission.csv
 """
@@ -18,8 +20,11 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -52,7 +57,10 @@ VIEWS = {  # name: function from RGB image to RGB image; add your own here
 SAME = 0.95  # neighbours this close to a nearer one are the same prompt
 FEW = 8  # images or fewer: print their neighbours
 BLEND_K = 100  # neighbours of --blend-neighbors
-REPORT_MAX = 2000  # cards, about 6 KB each
+REPORT_MAX = 2000  # cards, 12 KB each at most on average
+THUMBNAIL = 7800  # bytes of a JPEG; its data URI has a third more
+STOP = {*"a an and at by for from in of on the to with".split()}  # never bold
+MAX_UPLOAD = 32 << 20  # bytes of an image for --serve
 KINDS = {"ids": "U", "embeddings": "f", "targets": "f", "groups": "iufU", "trained": "b", "run": "U",
          "checkpoint": "U", "views": "U"}
 MAX_TEXT = 4096  # characters of an id
@@ -282,6 +290,11 @@ def find_trained(targets, meta):
     return top_k(targets, train, 1)[0].max(1, initial=-1) >= summary["args"]["split_threshold"]
 
 
+def render(image, views, spec):
+    """RGB image -> its views, uint8 (V, 3, S, S)"""
+    return torch.stack([to_square(VIEWS[v](image), spec) for v in views])
+
+
 class ViewDataset(ImageDataset):
     """Image i, decoded once -> its views, uint8 (V, 3, S, S), and what is wrong with it (black then) or ""."""
 
@@ -294,7 +307,7 @@ class ViewDataset(ImageDataset):
             image = open_rgb(self.paths[i])
         except BadImage as e:
             return torch.zeros(len(self.views), 3, *[self.spec["image_size"]] * 2, dtype=torch.uint8), str(e)
-        return torch.stack([to_square(VIEWS[v](image), self.spec) for v in self.views]), ""
+        return render(image, self.views, self.spec), ""
 
 
 # ----------------- prediction
@@ -375,6 +388,11 @@ def nearest_prompts(x, corpus, k):
     return cosines, rows
 
 
+def name_neighbors(known, cosines, rows):
+    """Of nearest_prompts -> for each image [(cosine, prompt)]"""
+    return [[(float(c), known[r]) for c, r in zip(*near) if r >= 0] for near in zip(cosines, rows)]
+
+
 def blend_neighbors(x, corpus, cosines, rows, weight):
     """(1 - weight) * x + weight * its neighbours' average by 1 / (distance^6 + 1e-4)"""
     w = np.where(rows >= 0, 1 / ((2 - 2 * cosines).clip(0) ** 3 + 1e-4), 0)  # d^2 = 2 - 2 cos
@@ -387,6 +405,32 @@ def write_neighbors(file, ids, neighbors):
     rows = [(i, n, c, p) for i, near in zip(ids, neighbors) for n, (c, p) in enumerate(near)]
     pl.DataFrame(rows, schema=["id", "rank", "cosine", "prompt"], orient="row").write_parquet(buffer := io.BytesIO())
     file.write(buffer.getbuffer())  # by Python: on a full disk polars would not say why
+
+
+def place_texts(paths, outputs, overwrite):
+    """The NAME.txt beside each image, or exit if one cannot be written, or could be lost"""
+    if inside := [p for p in paths if "::" in p and not os.path.exists(p)]:
+        sys.exit(f"{inside[0]}: --txt writes beside image files, and this one is inside another file; unpack it")
+    texts = [os.path.join(os.path.realpath(Path(p).parent), f"{Path(p).stem}.txt") for p in paths]
+    if shared := [t for t, n in Counter([*texts, *map(os.path.realpath, outputs)]).items() if n > 1]:
+        sys.exit(f"{shared[0]}: --txt of two images, or another output, would have this name; rename one")
+    there = [t for t in texts if os.path.lexists(t)]
+    if there and not overwrite:
+        sys.exit(f"{there[0]}: {len(there):,} texts of --txt are already there; move them away, or --overwrite them")
+    if there:
+        print(f"--txt: {len(there):,} texts will be replaced")
+    return texts
+
+
+def write_texts(texts, neighbors, problems):
+    """One prompt per line, nearest first; an unreadable image has none. Ctrl-C waits for all of them."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for path, near, problem in zip(texts, neighbors, problems):
+        if not problem:
+            with atomic(path, sync=False) as f:
+                f.writelines(" ".join(prompt.split()).encode("utf-8", "replace") + b"\n" for _, prompt in near)
+    signal.signal(signal.SIGINT, handler)
+    print(f"wrote {problems.count(''):,} texts beside the images")
 
 
 def mean_and_error(values):
@@ -407,16 +451,21 @@ def name_weights(meta):
     return f"{'EMA' if meta.get('weights') == 'ema' else 'raw'} weights of step {meta.get('step') or 0:,}"
 
 
+def parts_of(trained):
+    """All rows, or those that were trained on apart from the others: {name: rows}. trained: (N,) or None"""
+    if trained is None or not trained.any():
+        return {"": slice(None)}
+    parts = {"trained-on prompts: ": trained, "other prompts: ": ~trained}
+    return {name: rows for name, rows in parts.items() if rows.any()}
+
+
 def print_scores(name, scores, targets, mean, trained):
-    """The cosine of all rows, or of those trained on apart from the others. trained: (N,) or None"""
-    parts = {name: slice(None)}
-    if trained is not None and trained.any():
-        parts = {"trained-on prompts: ": trained, "other prompts: ": ~trained}
-        print("training rows had some of these prompts, or close ones; their score says nothing about new images")
-    for name, rows in parts.items():
-        if len(scores[rows]):
-            print(f"{name}cosine {describe(scores[rows])} (n = {len(scores[rows]):,}); "
-                  f"constant baseline {(targets[rows] @ mean).mean():.4f}")
+    parts = parts_of(trained)
+    for part, rows in parts.items():
+        print(f"{name}{part}cosine {describe(scores[rows])} (n = {len(scores[rows]):,}); "
+              f"constant baseline {(targets[rows] @ mean).mean():.4f}")
+    if "" not in parts:
+        print("what was trained on, or has a prompt close to it, says nothing about new images")
 
 
 # ----------------- the report
@@ -424,19 +473,34 @@ def print_scores(name, scores, targets, mean, trained):
 STYLE = """
 :root{color-scheme:light dark;font:15px/1.45 system-ui,sans-serif} *{box-sizing:border-box} h2,p,ol,dd,figure{margin:0}
 body{max-width:1280px;margin:auto;padding:1rem;overflow-wrap:anywhere} span{display:block} i{flex:none}
-dl{display:flex;flex-wrap:wrap;gap:.4rem 2rem} dt,label,output,figcaption,span,i{opacity:.75;font-size:.8rem}
+dl{display:flex;flex-wrap:wrap;gap:.4rem 2rem}
+dt,label,output,figcaption,span,i,footer,ol::before{opacity:.75;font-size:.8rem}
 svg{width:100%;max-width:560px;height:100px;stroke:currentColor;stroke-width:.1} .bars{stroke:#6b8fc4;stroke-width:.9}
 search{position:sticky;top:0;z-index:1;display:flex;flex-wrap:wrap;gap:1rem;padding:.6rem 0;background:Canvas}
 label{flex:1 1 12rem} input,select{font-size:1rem;padding:.4rem;width:100%}
 ul{padding:0;display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
 .card{display:grid;grid-template-columns:112px 1fr;gap:.4rem .8rem;padding:.7rem;border:1px solid #8886;
   content-visibility:auto;contain-intrinsic-size:auto 270px} ol{grid-column:1/3;padding:0}
+ol::before{content:"nearest known prompts and their cosine to the prediction"}
 img,.none{width:112px;height:112px;object-fit:cover;background:#8883} h2,ol>li{display:flex;gap:.6rem;font-size:.9rem}
-h2{justify-content:space-between} q{quotes:none;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.card:is(:hover,:focus) q{white-space:normal}
+q{quotes:none;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.card:is(:hover,:focus-within) q{white-space:normal}
+button{padding:0;border:0;background:none;align-self:start;cursor:zoom-in} dialog{padding:0;border:0}
+dialog img{display:block;width:min(90vw,90vh);height:min(90vw,90vh);object-fit:contain;cursor:zoom-out}
+"""
+ENLARGE = """
+const $ = id => document.getElementById(id);
+$('grid').onclick = event => {
+  const image = event.target.closest('button')?.firstChild, large = $('large').querySelector('img');
+  if (!image) return;
+  large.src = image.src;
+  large.alt = image.alt;
+  $('large').showModal();
+};
+$('large').onclick = () => $('large').close();
 """
 SCRIPT = """
-const $ = id => document.getElementById(id), cards = [...$('grid').children];
+const cards = [...$('grid').children];
 const by = {order: c => c.dataset.n, worst: c => c.dataset.c, best: c => -c.dataset.c};
 const show = () => {
   const text = $('filter').value.trim().toLowerCase(), key = by[$('sort').value];
@@ -449,14 +513,46 @@ show();
 """
 
 
+UPLOAD = """
+const send = async files => {
+  for (const file of files) {
+    $('status').textContent = 'predicting ' + file.name;
+    const small = file.size <= $('files').dataset.limit;
+    const answer = small ? await fetch('/', {method: 'POST', body: file}).catch(() => null) : null;
+    const text = await answer?.text() ?? (small ? 'no answer; is predict.py still running?' : 'too large');
+    $('grid').insertAdjacentHTML('afterbegin', answer?.ok ? text : '<li class="card"><h2></h2><p></p></li>');
+    const [name, problem, image] = ['h2', 'p', 'img'].map(part => $('grid').firstChild.querySelector(part));
+    name.textContent = file.name;
+    if (image) image.alt = file.name;
+    else problem.textContent = text;
+  }
+  $('status').textContent = $('grid').children.length + ' images';
+};
+$('files').onchange = () => send($('files').files);
+document.ondragover = event => event.preventDefault();
+document.ondrop = event => {
+  event.preventDefault();
+  send(event.dataTransfer.files);
+};
+document.onpaste = event => send(event.clipboardData.files);
+"""
+
+
 def thumbnail(path):
     """A data: URI of a small JPEG, "" if unreadable"""
     try:
-        image = open_rgb(path)
+        return encode_thumbnail(open_rgb(path))
     except BadImage:
         return ""
-    image.thumbnail((160, 160))
-    image.save(data := io.BytesIO(), "JPEG", quality=72)
+
+
+def encode_thumbnail(image):
+    """RGB image, which is shrunk -> a data: URI of the largest JPEG that is small enough"""
+    for side in (448, 384, 320, 256, 208, 160):
+        image.thumbnail((side, side))
+        image.save(data := io.BytesIO(), "JPEG", quality=65)
+        if data.tell() <= THUMBNAIL:
+            break
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
@@ -472,45 +568,156 @@ def histogram(values, baseline):
             f"<figcaption>{label}</figcaption></figure>")
 
 
-def card(n, name, picture, cosine, prompt, near, problem):
+def embolden(text, prompt):
+    """Escaped text, in bold the words that the prompt has, too"""
+    shared = {*re.findall(r"\w+", (prompt or "").lower())} - STOP
+    parts = re.split(r"(\w+)", text)
+    return "".join(f"<b>{part}</b>" if part.lower() in shared else html.escape(part) for part in parts)
+
+
+def card(n, name, picture, cosine=None, prompt=None, near=None, problem=None, trained=None):
     """A list item, all text escaped. near: [(cosine, prompt)]; what is not known is None, an unreadable picture ""."""
     e = html.escape
     key = cosine if cosine is not None else near[0][0] if near else 0  # what the page sorts by
-    image = f'<img src="{picture}" alt="" loading="lazy">' if picture else '<div class="none">no image</div>'
-    text = f"<h2>{e(name)}{'' if cosine is None else f'<b>{cosine:.3f}</b>'}</h2>"
+    image = f'<button title="enlarge"><img src="{picture}" alt="{e(name)}" loading="lazy"></button>'
+    image = image if picture else '<div class="none" tabindex="0">no image</div>'
+    text = f"<h2>{e(name)}</h2>"
     text += "<p><strong>unreadable: got the mean training embedding</strong></p>" if problem else ""
-    text += "" if prompt is None else f"<p><span>true prompt</span>{e(prompt)}</p>"
-    items = "".join(f"<li><i>{c:.2f}</i><q>{e(p)}</q></li>" for c, p in near or ())
+    text += "<p><strong>trained on this prompt</strong></p>" if trained else ""
+    label = "true prompt" if cosine is None else f"<b>{cosine:.3f}</b> to the true prompt"
+    text += "" if cosine is prompt is None else f"<p><span>{label}</span>{e(prompt or '')}</p>"
+    items = "".join(f"<li><i>{c:.2f}</i><q>{embolden(p, prompt)}</q></li>" for c, p in near or ())
     items = items and f'<ol aria-label="nearest known prompts">{items}</ol>'
-    return f'<li class="card" tabindex="0" data-n="{n}" data-c="{key:.6f}">{image}<div>{text}</div>{items}</li>\n'
+    return f'<li class="card" data-n="{n}" data-c="{key:.6f}">{image}<div>{text}</div>{items}</li>\n'
+
+
+def make_page(title, body, script, more=""):
+    """The bytes of a self-contained page; its policy lets only our script run. more: of that policy"""
+    script = ENLARGE + script
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{more}"
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>
+<style>{STYLE}</style></head><body>
+{body}
+<dialog id="large" aria-label="enlarged image"><button aria-label="close"><img alt=""></button></dialog>
+<script>{script}</script></body></html>
+"""
+    return CONTROL.sub("\ufffd", page).encode("utf-8", "replace")
 
 
 def write_report(file, title, facts, names, pictures, cosines=None, baseline=None, prompts=None, neighbors=None,
-                 problems=None, total=None):
-    """One self-contained page; its policy lets only our script run. names to problems: columns, as in card"""
+                 problems=None, trained=None, total=None, made=None):
+    """One page. names to trained: columns, as in card; made: {what: value} of the footer"""
     e, n = html.escape, len(names)
-    known = [[None] * n if column is None else column for column in (cosines, prompts, neighbors, problems)]
+    known = [[None] * n if column is None else column for column in (cosines, prompts, neighbors, problems, trained)]
     cards = "".join(map(card, range(n), names, pictures, *known))
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     note = "Below an image: known prompts near the prediction, not the recovered prompt. " if neighbors else ""
+    note += "Words of the true prompt are bold. " if neighbors and prompts else ""
     note += f"{n:,} of {total:,} images are shown, evenly spread." if total and n < total else ""
     facts = "".join(f"<div><dt>{e(k)}</dt><dd>{e(str(v))}</dd></div>" for k, v in facts.items())
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(title)}</title>
-<style>{STYLE}</style></head><body>
-<header><h1>{e(title)}</h1><dl>{facts}</dl>{"" if cosines is None else histogram(cosines, baseline)}
-<p>{note}</p></header><main><search>
-<label>Sort by cosine to the {"nearest" if cosines is None else "true"} prompt
-<select id="sort"><option value="order">as predicted</option><option value="worst">worst first</option>
+    made = " · ".join(f"{e(k)} {e(str(v))}" for k, v in (made or {}).items())
+    sort = "Sort by the cosine of the " + ("nearest prompt to the prediction" if cosines is None
+                                           else "prediction to the true prompt")
+    file.write(make_page(title, f"""<header><h1>{e(title)}</h1><dl>{facts}</dl>
+{"" if cosines is None else histogram(cosines, baseline)}<p>{note}</p></header><main><search>
+<label>{sort} <select id="sort"><option value="order">as predicted</option>
+<option value="worst"{"" if cosines is None else " selected"}>worst first</option>
 <option value="best">best first</option></select></label>
 <label>Show images with this text <input id="filter" type="search"></label>
 <output id="count" role="status"></output></search>
 <ul id="grid">
-{cards}</ul></main><script>{SCRIPT}</script></body></html>
-"""
-    file.write(CONTROL.sub("\ufffd", page).encode("utf-8", "replace"))
+{cards}</ul></main><footer>{made}</footer>""", SCRIPT))
+
+
+# ----------------- the server
+
+class Server(ThreadingHTTPServer):
+    """127.0.0.1 only. answer: the bytes of an image -> the HTML of its card; raises BadImage"""
+
+    def __init__(self, port, title, answer):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.answer, self.lock = answer, threading.Lock()
+        self.origins = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+        self.page = make_page(title, f"""<header><h1>{html.escape(title)}</h1>
+<p>Below an image: known prompts near the prediction, not the recovered prompt.</p></header><main><search>
+<label>Drop or paste images anywhere, or choose them
+<input id="files" type="file" accept="image/*" multiple data-limit="{MAX_UPLOAD}"></label>
+<output id="status" role="status"></output></search><ul id="grid"></ul></main>""", UPLOAD, "; connect-src 'self'")
+
+    def handle_error(self, request, address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # else the client is gone
+            super().handle_error(request, address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page, POST / takes the bytes of an image. No path that a client sends is ever opened."""
+
+    timeout = 60  # seconds for the client to send on
+
+    def log_message(self, *_):
+        pass
+
+    def end_headers(self):
+        self.send_header("X-Content-Type-Options", "nosniff")
+        super().end_headers()
+
+    def respond(self, status, body, kind="text/plain"):
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def admit(self, ours=True):
+        """Whether to answer; else it has been refused. A page elsewhere may have a name that resolves to 127.0.0.1."""
+        if not ours or f"http://{self.headers['Host']}" not in self.server.origins:
+            self.respond(403, b"only for the page of this server")
+        elif self.path != "/":
+            self.respond(404, b"there is only /")
+        else:
+            return True
+
+    def do_GET(self):
+        if self.admit():
+            self.respond(200, self.server.page, "text/html")
+
+    def do_POST(self):
+        size = self.headers["Content-Length"] or ""
+        if not self.admit(self.headers["Origin"] in self.server.origins):
+            return
+        if not size.isdecimal():
+            return self.respond(411, b"needs a Content-Length")
+        if len(size) > 9 or int(size) > MAX_UPLOAD:
+            return self.respond(413, b"too large")
+        data = io.BytesIO(self.rfile.read(int(size)))
+        try:
+            with self.server.lock:  # one at a time: memory
+                found = self.server.answer(data)
+            self.respond(200, CONTROL.sub("\ufffd", found).encode("utf-8", "replace"), "text/html")
+        except BadImage as e:
+            self.respond(422, str(e).removeprefix(f"{data}: ").replace(f" {data}", "").encode())
+
+
+def serve(args, model, views):
+    """Serve the page until Ctrl-C."""
+    known, corpus = load_corpus(args.corpus or model.meta["data"], model.meta["text_model"], model.device)
+
+    def answer(file):
+        image = open_rgb(file)
+        with torch.inference_mode():
+            x, _ = embed(model, render(image, views, model.spec)[None], 1)
+        near = name_neighbors(known, *nearest_prompts(x.numpy(), corpus, args.neighbors))
+        return card(0, "", encode_thumbnail(image), near=near[0])
+
+    try:
+        server = Server(args.serve, f"Prompts near an image: {args.run}", answer)
+    except OSError as e:
+        sys.exit(f"--serve {args.serve}: cannot listen there ({e.strerror}); choose another port")
+    with server, suppress(KeyboardInterrupt):
+        print(f"http://127.0.0.1:{args.serve} is ready; Ctrl-C ends it", flush=True)
+        server.serve_forever()
 
 
 def is_finished(log):
@@ -543,9 +750,11 @@ def parse_args(argv=None):
     g.add_argument("--submission", help="Kaggle CSV to write")
     g.add_argument("--sample-submission", help="its ids, in its order; unset = sorted ids")
     g.add_argument("--html", help="report page to write")
+    g.add_argument("--txt", action="store_true", help="write the nearest prompts beside each image, as NAME.txt")
     g.add_argument("--overwrite", action="store_true", help="replace these files")
+    g.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="page to drop images on, at 8000")
     g = p.add_argument_group("prompts")
-    g.add_argument("--neighbors", type=int, help="per image; unset = 5 for few images or --html")
+    g.add_argument("--neighbors", type=int, help="per image; unset = 1 for --txt, 5 for few images, --html, --serve")
     g.add_argument("--corpus", help="data folder or table of prompts; unset = the training data")
     g.add_argument("--blend-neighbors", type=float, default=0, help="share of their average in the embedding, 0 to 1")
     g = p.add_argument_group("speed")
@@ -557,7 +766,12 @@ def parse_args(argv=None):
 
 def check_args(args):
     check_ranges(args, ((1, len(VIEWS), "tta"), (1, 65536, "batch_size"), (0, 1024, "workers"), (1, 1e9, "limit"),
-                        (0, 1000, "neighbors"), (0, 1, "blend_neighbors")))
+                        (int(args.txt or bool(args.serve)), 1000, "neighbors"), (0, 1, "blend_neighbors"),
+                        (1024, 65535, "serve")))
+    if args.serve and (args.images or args.out or args.submission or args.html or args.txt or args.blend_neighbors):
+        sys.exit("--serve: takes its images from the page and writes no files; leave out images and outputs")
+    if args.txt and not args.images:
+        sys.exit("--txt: writes beside images; name some")
     if args.corpus and not Path(args.corpus).exists():
         sys.exit(f"--corpus {args.corpus}: no such file or folder")
 
@@ -572,7 +786,9 @@ def read_input(args, meta, device):
             targets = encode_cached(prompts, text["name"], device, sha=text["sha256"]) if prompts else None
         except SystemExit as e:  # Kaggle has no encoder, and a submission needs none
             print(f"no cosine to the images' prompts: {e}", file=sys.stderr)
-        return ids, paths, ids, prompts, targets, None
+        files = [Path(p.split("::")[-1]) for p in paths]
+        names = [file.name if file.stem == i else i for file, i in zip(files, ids)]
+        return ids, paths, names, prompts, targets, None
     pairs, paths, targets, unchanged = read_validation(meta)
     if not unchanged:
         print(f"warning: {meta['data']} has changed; its validation rows may have been trained on", file=sys.stderr)
@@ -581,15 +797,18 @@ def read_input(args, meta, device):
     return ids, paths, names, pairs["prompt"].to_list(), targets, pairs["group"].to_numpy()
 
 
-def report_run(file, args, paths, names, cosines, baseline, prompts, neighbors, problems):
+def report_run(file, made, paths, names, cosines, baseline, prompts, neighbors, problems, trained=None):
     n, size = len(paths), min(REPORT_MAX, len(paths))
-    facts = {} if cosines is None else {"mean cosine": describe(cosines), "constant baseline": f"{baseline:.4f}"}
-    facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems)), "views": args.tta}
+    facts = {} if cosines is None else {f"{part}mean cosine": describe(cosines[rows])
+                                        for part, rows in parts_of(trained).items()}
+    facts |= {} if cosines is None else {"constant baseline": f"{baseline:.4f}"}
+    facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems))}
+    made = made | {"made by predict.py": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     shown = [i * n // size for i in range(size)]
-    columns = (names, None if cosines is None else cosines.tolist(), prompts, neighbors, problems)
+    columns = (names, None if cosines is None else cosines.tolist(), prompts, neighbors, problems, trained)
     names, cosines, *rest = [column and [column[i] for i in shown] for column in columns]
     pictures = [thumbnail(paths[i]) for i in tqdm(shown, "report", unit="image", disable=size < 64)]
-    write_report(file, f"Predicted prompts: {args.run}", facts, names, pictures, cosines, baseline, *rest, n)
+    write_report(file, f"Predicted prompts: {made['run']}", facts, names, pictures, cosines, baseline, *rest, n, made)
 
 
 def main():
@@ -602,13 +821,18 @@ def main():
     print(f"run {args.run}: {meta['backbone']['model']}, {name_weights(meta)}")
     # what to write: of a few single images nothing
     few = 0 < len(args.images) <= FEW and all(is_image(p) for p in args.images)
-    if not args.out and not few:
+    if not (args.out or few or args.serve):
         run = "-".join(checkpoint.absolute().parts[-3:-1])
         args.out = f"preds/{run}{'-images' if args.images else ''}-tta{args.tta}.npz"
-    if args.neighbors is None and (few or args.html):
-        args.neighbors = 5 if args.corpus or (Path(meta["data"]) / "summary.json").is_file() else 0
-        if not args.neighbors:
-            print(f"{meta['data']}, the training data, is not here: no neighbours without --corpus")
+    needed = args.txt or args.serve
+    if needed or (args.neighbors is None and (few or args.html)):
+        args.neighbors = args.neighbors or (1 if args.txt else 5)
+        if not (args.corpus or (Path(meta["data"]) / "summary.json").is_file()):
+            missing = f"{meta['data']}, the training data, is not here: no neighbours without --corpus"
+            sys.exit(missing) if needed else print(missing)
+            args.neighbors = 0
+    if args.serve:
+        return serve(args, model, views)
     table = f"{os.path.splitext(args.out)[0]}.neighbors.parquet" if args.out and args.neighbors else None
     with claim([args.out, table, args.submission, args.html], args.overwrite,
                [*args.images, args.sample_submission, args.corpus, checkpoint]) as locks:
@@ -621,6 +845,7 @@ def predict_all(args, model, checkpoint, views, table, locks):
     ids, paths, names, prompts, targets, groups = read_input(args, meta, model.device)
     trained = None if targets is None or groups is not None else find_trained(targets, meta)
     order = order_for(args.sample_submission, ids)
+    texts = place_texts(paths, locks, args.overwrite) if args.txt else []
     k = max(args.neighbors or 0, BLEND_K if args.blend_neighbors else 0)
     if k:
         known, corpus = load_corpus(args.corpus or meta["data"], meta["text_model"], model.device)
@@ -635,11 +860,10 @@ def predict_all(args, model, checkpoint, views, table, locks):
     if k:
         cosines, rows = nearest_prompts(embeddings, corpus, k)
     if args.neighbors:
-        found = [[(float(c), known[r]) for c, r in zip(*near) if r >= 0] for near in zip(cosines, rows)]
-        neighbors = [near[:args.neighbors] for near in found]
+        neighbors = [near[:args.neighbors] for near in name_neighbors(known, cosines, rows)]
     if args.blend_neighbors:
         if targets is not None:
-            print(f"cosine {describe((embeddings * targets).sum(1))} before blending")
+            print_scores("before blending: ", (embeddings * targets).sum(1), targets, mean, trained)
         embeddings[good] = blend_neighbors(embeddings[good], corpus, cosines[good, :BLEND_K], rows[good, :BLEND_K],
                                            args.blend_neighbors)
         views.append(f"neighbors-{args.blend_neighbors:g}")
@@ -647,12 +871,18 @@ def predict_all(args, model, checkpoint, views, table, locks):
         scores, baseline = (embeddings * targets).sum(1), float((targets @ mean).mean())
     check_rows(embeddings, f"{args.run} with --blend-neighbors {args.blend_neighbors}")
     # files, and what to print
+    made = {"run": args.run, "checkpoint": sha256(checkpoint)[:16], "views": ", ".join(views),
+            "corpus": args.corpus or meta["data"]}
     write_all(locks, {
         args.out: lambda f: write_preds(f, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups,
-                                        trained=trained, run=args.run, checkpoint=sha256(checkpoint)[:16], views=np.array(views)),
+                                        trained=trained, run=args.run, checkpoint=made["checkpoint"],
+                                        views=np.array(views)),
         table: lambda f: write_neighbors(f, ids, neighbors),
         args.submission: lambda f: write_submission(f, ids, embeddings, order),
-        args.html: lambda f: report_run(f, args, paths, names, scores, baseline, prompts, neighbors, problems)})
+        args.html: lambda f: report_run(f, made, paths, names, scores, baseline, prompts, neighbors, problems,
+                                          trained)})
+    if texts:
+        write_texts(texts, neighbors, problems)
     if neighbors and len(ids) <= FEW:
         print("nearest known prompts (neighbours, not the recovered prompt):")
         for path, near in zip(paths, neighbors):

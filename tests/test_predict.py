@@ -1,5 +1,6 @@
 """predict.py: views, inputs, rows that never shift, files, readable prompts, the report in a real browser, Kaggle."""
-import html
+import base64
+import http.client
 import io
 import json
 import os
@@ -7,10 +8,12 @@ import re
 import resource
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +21,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import clean
 import predict
@@ -403,75 +406,242 @@ def test_readable_prompts(go, data, images):
 def test_no_control_character_in_the_report():
     odd = "a\x1b[31m\0b\x9b\u202e\ud800 \rz\x08"
     predict.write_report(page := io.BytesIO(), odd, {odd: odd}, [odd], [""], [0.5], 0.4, [odd], [[(0.5, odd)]], [odd])
-    assert not clean.CONTROL.search(text := page.getvalue().decode()) and text.count("[31m") == 7
+    assert not clean.CONTROL.search(text := page.getvalue().decode()) and text.count("[31m") == 6 and "[<b>31m" in text
 
 
-def browse(page, script=""):
-    """The DOM of a page after its scripts ran in headless Chromium, as text. script: run it in the page, without the
-    page's policy (so that ours may run, and the escaping is tested alone) -> what it returns."""
+@contextmanager
+def browse(page):
+    """A page (URL or HTML) in headless Chromium -> a function that runs JavaScript there, and gives what it returns.
+    It speaks the DevTools protocol over two pipes."""
+    if "<" in page:
+        put({"page.html": page})
+        page = Path("page.html").absolute().as_uri()
+    (their_in, to), (back, their_out) = os.pipe(), os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", f"--user-data-dir={Path('chromium').absolute()}"]
-    if script:
-        page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
-        script = f"<script>document.title = JSON.stringify((() => {{{script}}})())</script></body>"
-    put({"page.html": page.replace("</body>", script or "</body>")})
-    dom = subprocess.run([CHROMIUM, *flags, "--dump-dom", Path("page.html").absolute().as_uri()],
-                         capture_output=True, text=True, timeout=120).stdout
-    return json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.S)[1])) if script else dom
+    pipes = f'exec "$0" "$@" --remote-debugging-pipe 3<&{their_in} 4>&{their_out}'
+    chromium = subprocess.Popen(["bash", "-c", pipes, CHROMIUM, *flags], pass_fds=[their_in, their_out],
+                                stderr=subprocess.DEVNULL)
+    os.close(their_in)
+    os.close(their_out)
+
+    def read_messages():
+        rest = b""
+        while chunk := os.read(back, 1 << 16):
+            *whole, rest = (rest + chunk).split(b"\0")
+            yield from map(json.loads, whole)
+
+    def call(method, session=None, **params):
+        message = {"id": 1, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        os.write(to, json.dumps(message).encode() + b"\0")
+        return next(m for m in messages if "id" in m)["result"]
+
+    def run(script):
+        script = f"(async () => {{{script}}})()"
+        done = call("Runtime.evaluate", session, expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in done, done
+        return done["result"].get("value")
+
+    messages, deadline = read_messages(), threading.Timer(120, chromium.kill)
+    deadline.start()
+    target = call("Target.createTarget", url=page)["targetId"]
+    session = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    while not run("return location.href != 'about:blank' && document.readyState == 'complete'"):
+        pass
+    yield run
+    deadline.cancel()
+    chromium.kill()
+    chromium.wait()
+    os.close(to)
+    os.close(back)
 
 
 @needs_chromium
-def test_report_in_a_browser(go, images):
-    """Nothing hostile runs in our one page, even without its policy, which lets our script alone run; sorting and
-    filtering work, controls have labels, the status is announced, and it fits a phone."""
+def test_report_in_a_browser(images, tmp_path, monkeypatch):
+    """Nothing hostile runs in our one page, even without its policy, which lets our script alone run; the worst come
+    first, sorting and filtering work, an image is enlarged by the keyboard, too, and it fits a phone."""
+    monkeypatch.chdir(tmp_path)
     hostile = ["<script>window.hacked = 1</script>", '"><img src=x onerror="window.hacked=2">', "a plain zebra",
                "</li></ul><svg onload=window.hacked=3>", "'; window.hacked = 4; '", "&lt;b&gt; {} ${window.hacked=5}"]
     thumbnails = [predict.thumbnail(p) for p in [*images[:5], Path("gone.png")]]
     near, cosines = [[(0.5, p), (0.4, "twin")] for p in hostile], [0.5, 0.9, 0.1, 0.7, 0.3, 0.6]
     save("r.html", predict.write_report, hostile[1], {hostile[0]: hostile[1]}, hostile, thumbnails, cosines, 0.4,
-                         hostile[::-1], near, ["", "", "", "", "", hostile[0]])
+         ["A Zebra, plainly", *hostile[4::-1]], near, ["", "", "", "", "", hostile[0]], [True] + [False] * 5, 6,
+         {"run": hostile[0]})
     text = Path("r.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|url\(|@import|https?:""", text), "nothing from outside"
-    assert text.count("no image<") == text.count("unreadable:") == 1
-    got = browse(text, """
-        const all = what => [...document.querySelectorAll(what)], page = document.documentElement;
-        const order = () => all('.card b').map(b => +b.textContent);
-        const set = (id, v) => { $(id).value = v; $(id).dispatchEvent(new Event('input')); return order(); };
-        const out = {start: order(), worst: set('sort', 'worst'), best: set('sort', 'best'), back: set('sort', 'order'),
-          zebra: set('filter', 'ZEBRA'), status: $('count').textContent, role: $('count').getAttribute('role'),
-          none: set('filter', 'no such text'), all: set('filter', ''), hacked: String(window.hacked),
-          names: all('h2').map(h => h.firstChild.textContent), title: all('h1')[0].textContent,
-          labels: all('input,select').every(e => e.labels.length), wide: page.scrollWidth <= innerWidth,
-          elements: ['img', 'svg', 'script'].map(e => all(e).length)};
-        page.style.width = '360px';
-        return {...out, phone: all('main *').every(e => e.getBoundingClientRect().right <= 360)}""")
-    assert got == {"start": cosines, "back": cosines, "all": cosines, "worst": sorted(cosines), "none": [],
-                   "best": sorted(cosines)[::-1], "zebra": [0.1, 0.7], "status": "2 of 6 images", "role": "status",
-                   "hacked": "undefined", "names": hostile, "title": hostile[1], "labels": True, "wide": True,
-                   "phone": True, "elements": [5, 1, 2]}
+    assert text.count("no image<") == text.count("unreadable:") == text.count(">trained on this prompt<") == 1
+    with browse(re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)) as run:
+        got = run("""
+            const all = what => [...document.querySelectorAll(what)], page = document.documentElement;
+            const order = () => all('span b').map(b => +b.textContent);
+            const set = (id, v) => { $(id).value = v; $(id).dispatchEvent(new Event('input')); return order(); };
+            const out = {start: order(), best: set('sort', 'best'), worst: set('sort', 'worst'),
+              back: set('sort', 'order'), zebra: set('filter', 'ZEBRA'), status: $('count').textContent,
+              role: $('count').getAttribute('role'), none: set('filter', 'no such text'), all: set('filter', ''),
+              hacked: String(window.hacked), names: all('h2').map(h => h.textContent), title: all('h1')[0].textContent,
+              labels: all('input,select').every(e => e.labels.length), wide: page.scrollWidth <= innerWidth,
+              elements: ['.card img', 'svg', 'script'].map(e => all(e).length), footer: all('footer')[0].textContent,
+              words: all('.card p span').map(s => s.textContent.slice(6))};
+            all('.card button')[1].focus();
+            document.activeElement.click();
+            out.large = [$('large').open, $('large').querySelector('img').src == all('.card img')[1].src,
+                         $('large').querySelector('img').width >= 2 * all('.card img')[1].width];
+            document.activeElement.click();
+            out.closed = [$('large').open, document.activeElement == all('.card button')[1]];
+            page.style.width = '360px';
+            return {...out, phone: all('main *').every(e => e.getBoundingClientRect().right <= 360)}""")
+    assert got == {"start": sorted(cosines), "back": cosines, "all": cosines, "worst": sorted(cosines), "none": [],
+                   "best": sorted(cosines)[::-1], "zebra": [0.5, 0.1, 0.7], "status": "3 of 6 images",
+                   "role": "status", "hacked": "undefined", "names": hostile, "title": hostile[1], "labels": True,
+                   "wide": True, "phone": True, "elements": [5, 1, 1], "footer": f"run {hostile[0]}",
+                   "words": ["to the true prompt"] * 6, "large": [True] * 3, "closed": [False, True]}
     planted = "<script>document.title = 'planted'</script><svg onload=\"document.title = 'planted'\"></svg></body>"
-    page = browse(text.replace("</body>", planted))
+    with browse(text.replace("</body>", planted)) as run:
+        page = run("return document.documentElement.outerHTML")
     assert "6 of 6 images</output>" in page and "planted" in page and "<title>planted" not in page
 
 
+def test_what_a_card_says(go, images):
+    """Shared words are bold, whatever their case; a thumbnail is large, and 12 KB suffice; the footer names the run."""
+    assert predict.embolden("A RED fox & <b>, reddish", "the red <b> of a fox") == (
+        "A <b>RED</b> <b>fox</b> &amp; &lt;<b>b</b>&gt;, reddish")
+    Image.effect_noise((900, 600), 30).convert("RGB").filter(ImageFilter.BoxBlur(3)).save("photo.png")
+    assert 6000 < len(predict.thumbnail("photo.png")) < 10_600
+    go("photo.png", "--html", "r.html", "--tta", 2, "--neighbors", 1)
+    text = Path("r.html").read_text()
+    footer = "run .*/ft · checkpoint [0-9a-f]{16} · views image, mirror · corpus .*/tiny · made by predict.py 20..-"
+    assert re.search(footer, text) and "<h2>photo.png</h2>" in text and "selected" not in text
+
+
 @needs_chromium
-def test_two_thousand_cards(go, images):
-    """Below 20 MB; sorting and filtering put cards into the page in one piece, and change nothing card by card."""
+def test_two_thousand_cards(images, tmp_path, monkeypatch):
+    """12 KB each; sorting and filtering put cards into the page in one piece, and change nothing card by card."""
+    monkeypatch.chdir(tmp_path)
     n, near = 2000, [(0.5, "another prompt of some words " * 3)] * 5
     save("r.html", predict.write_report, "t", {}, [f"image {i}" for i in range(n)], [predict.thumbnail(images[0])] * n,
-                         np.linspace(0, 1, n), 0.4, ["a prompt of twelve words " * 3] * n, [near] * n)
-    assert Path("r.html").stat().st_size < 20e6
-    got = browse(Path("r.html").read_text(), """
-        const observer = new MutationObserver(() => 0);
-        observer.observe($('grid'), {childList: true, attributes: true, characterData: true, subtree: true});
-        return [['sort', 'best'], ['filter', 'image 19'], ['filter', '']].map(([id, value]) => {
-          $(id).value = value;
-          $(id).oninput();
-          const records = observer.takeRecords();
-          return [$('grid').children.length, document.querySelector('.card').dataset.n,
-                  records.filter(r => r.addedNodes.length).length, records.filter(r => r.type != 'childList').length]
-        })""")
+         np.linspace(0, 1, n), 0.4, ["a prompt of twelve words " * 3] * n, [near] * n)
+    assert Path("r.html").stat().st_size < n * 12_000
+    with browse(Path("r.html").read_text()) as run:
+        got = run("""
+            const observer = new MutationObserver(() => 0);
+            observer.observe($('grid'), {childList: true, attributes: true, characterData: true, subtree: true});
+            return [['sort', 'best'], ['filter', 'image 19'], ['filter', '']].map(([id, value]) => {
+              $(id).value = value;
+              $(id).oninput();
+              const records = observer.takeRecords(), count = test => records.filter(test).length;
+              return [$('grid').children.length, document.querySelector('.card').dataset.n,
+                      count(r => r.addedNodes.length), count(r => r.type != 'childList')];
+            })""")
     assert got == [[n, "1999", 1, 0], [111, "1999", 1, 0], [n, "1999", 1, 0]]
+
+
+def test_texts_beside_images(go, images):
+    """--txt: the nearest prompts, line by line; nothing is lost, and nothing is begun that cannot be finished."""
+    put({"in/a.png": images[0], "in/b.png": images[1], "in/bad.png": "no image"})
+    put({"t.csv": "image\nin/b.png\nin/a.png\n"})
+    zipped, want = shutil.make_archive("z", "zip", "in"), go("in", "--neighbors", 3)
+    lines = pl.read_parquet("p.neighbors.parquet").filter(id="b")["prompt"].to_list()
+    assert go("in", "--txt").out.count("wrote 2 texts") and not Path("in/bad.txt").exists() and len(want.ids) == 3
+    assert Path("in/b.txt").read_text() == lines[0] + "\n"
+    assert "2 texts will be replaced" in go("t.csv", "--txt", "--neighbors", 3).out
+    assert Path("in/b.txt").read_text().splitlines() == lines
+    put({"in/b.txt": "mine", "twice/a.jpg": images[0], "twice/a.png": images[0]})
+    with pytest.raises(SystemExit, match="in/a.txt: 2 texts of --txt are already there"):
+        predict.place_texts(["in/a.png", "in/b.png", "in/bad.png"], [], overwrite=False)
+    for line, said in {f"{zipped} --txt": "inside another file", "twice --txt": "twice/a.txt: --txt of two images",
+                       "in --txt --submission in/bad.txt": "another output", "--txt": "name some",
+                       "in --txt --neighbors 0": r"must be in \[1, "}.items():
+        go(*line.split(), fails=said)
+    assert Path("in/b.txt").read_text() == "mine" and len(os.listdir("in")) == 5
+
+
+@pytest.fixture
+def server(trained, tmp_path, monkeypatch):
+    """predict.py --serve -> its port. Ctrl-C must end it quietly, whatever it was sent."""
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    args = [ROOT / "predict.py", "--serve", port, "--run", trained, "--neighbors", 2]
+    process = subprocess.Popen([sys.executable, "-u", *map(str, args)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert f"http://127.0.0.1:{port} " in process.stdout.readline() + process.stdout.readline()
+    idle = socket.create_connection(("127.0.0.1", port))  # as browsers open some
+    yield port
+    process.send_signal(2)
+    assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
+    idle.close()
+
+
+def test_wrong_requests(server, go, images):
+    """Each has its status, reads nothing, and leaves the server alive. Other sites and names get 403."""
+    image, home = images[0].read_bytes(), {"Origin": f"http://127.0.0.1:{server}"}
+
+    def ask(method, path="/", body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", server, timeout=30)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        return answer.status, answer.read().decode()
+
+    for status, args, headers in (
+            (403, ("POST", "/", image), {}), (403, ("POST", "/", image), {"Origin": "http://evil.example"}),
+            (403, ("POST", "/", image), home | {"Host": "evil.example"}), (403, ("GET",), {"Host": f"evil:{server}"}),
+            (403, ("POST", "/", image), {"Origin": "null"}), (404, ("GET", "/etc/passwd"), {}),
+            (404, ("GET", "//../../etc/passwd"), {}), (404, ("POST", "/etc/passwd", image), home), (501, ("PUT",), {}),
+            (413, ("POST",), home | {"Content-Length": "99999999"}),
+            (413, ("POST",), home | {"Content-Length": "9" * 5000}),
+            (411, ("POST", "/", iter([image])), home), (411, ("POST",), home | {"Content-Length": "-1"}),
+            (422, ("POST", "/", b"<svg onload=alert(1)>"), home), (422, ("POST", "/", image[:300]), home),
+            (422, ("POST", "/", b""), home)):
+        assert (got := ask(*args, **headers))[0] == status and "root:" not in got[1] and "0x" not in got[1], got
+    with socket.create_connection(("127.0.0.1", server)) as gone:
+        gone.sendall(b"POST / HTTP/1.1\r\nHost: \xff\r\n")
+    status, found = ask("POST", "/", image, **home | {"Host": f"localhost:{server}"})
+    assert status == 200 and found.count("<li><i>") == 2 and "data:image/jpeg" in found
+    assert "script-src 'sha256-" in (page := ask("GET"))[1] and "connect-src 'self'" in page[1]
+    for args, said in ((["--serve", server], "Address already in use"), (["--serve", "--txt"], "leave out images"),
+                       ([images[0], "--serve"], "leave out images")):
+        go(*args, out=None, fails=said)
+
+
+def test_a_slow_client_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr(predict.Handler, "timeout", 0.3)
+    with predict.Server(0, "t", None) as server:
+        threading.Thread(target=server.serve_forever).start()
+        with socket.create_connection(server.server_address, timeout=9) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\n")
+            assert client.recv(9) == b""
+        server.shutdown()
+
+
+@needs_chromium
+def test_the_page_takes_images(server, images):
+    """Dropped, pasted and chosen in Chromium. A name is text, and a file that is none says why."""
+    code = base64.b64encode(images[0].read_bytes()).decode()
+    with browse(f"http://127.0.0.1:{server}/") as run:
+        got = run(f"""
+            const bytes = Uint8Array.from(atob('{code}'), c => c.charCodeAt(0)), found = [];
+            const send = async (name, content, act) => {{
+              const transfer = new DataTransfer(), n = $('grid').children.length;
+              transfer.items.add(new File([content], name));
+              act(transfer);
+              while (!$('status').textContent.startsWith(n + 1)) await new Promise(done => setTimeout(done, 20));
+              const card = $('grid').firstChild;
+              found.push([card.querySelector('h2').textContent, card.querySelectorAll('q').length,
+                          card.querySelector('p')?.textContent]);
+            }};
+            const drop = t => document.body.dispatchEvent(new DragEvent('drop', {{dataTransfer: t, bubbles: true}}));
+            await send('<img src=x onerror=window.hacked=1>', bytes, drop);
+            await send('b.png', bytes, t => document.dispatchEvent(new ClipboardEvent('paste', {{clipboardData: t}})));
+            await send('c.png', bytes, t => {{ $('files').files = t.files; $('files').onchange(); }});
+            await send('d.png', 'no image', drop);
+            await send('e.png', new Uint8Array(33 << 20), drop);
+            document.querySelector('.card button').click();
+            return [...found, $('large').open, String(window.hacked), $('grid').querySelectorAll('img').length];""")
+    assert got == [["<img src=x onerror=window.hacked=1>", 2, None], ["b.png", 2, None], ["c.png", 2, None],
+                   ["d.png", 0, "image unreadable (cannot identify image file)"], ["e.png", 0, "too large"], True,
+                   "undefined", 3]
 
 
 def test_offline_kaggle_notebook(trained, images, tmp_path, monkeypatch):
