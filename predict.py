@@ -36,11 +36,12 @@ from PIL import ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_ranges, check_rows, encode_cached, find_images, hold,
-                   is_archive, is_image, is_table, list_counts, make_parser, open_archive, open_rgb, print_next,
-                   read_data, read_source, read_table, reason, run, sha256, sweep, top_k, walk, warn_few, writing)
-from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_model,
-                   make_loader, pick_device, pick_precision, split_batches, to_square)
+from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_ranges, check_rows, encode_cached, find_encoder,
+                   find_images, hold, is_archive, is_image, is_table, list_counts, make_parser, open_archive, open_rgb,
+                   print_next, read_data, read_source, read_table, reason, run, sha256, sweep, top_k, walk, warn_few,
+                   writing)
+from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_meta,
+                   load_model, make_loader, pick_device, pick_precision, split_batches, to_square)
 
 
 def zoom(image, share=0.8):
@@ -816,8 +817,7 @@ def main():
     check_args(args)
     checkpoint, views = find_checkpoint(args.run or newest_run()), list(VIEWS)[:args.tta]
     args.run = str(checkpoint.parent)
-    model = TTAModel(checkpoint, args.precision, pick_device())
-    meta = model.meta
+    meta = load_meta(checkpoint)
     print(f"run {args.run}: {meta['backbone']['model']}, {name_weights(meta)}")
     # what to write: of a few single images nothing
     few = 0 < len(args.images) <= FEW and all(is_image(p) for p in args.images)
@@ -831,16 +831,19 @@ def main():
             missing = f"{meta['data']}, the training data, is not here: no neighbours without --corpus"
             sys.exit(missing) if needed else print(missing)
             args.neighbors = 0
+    if args.corpus and (args.neighbors or args.blend_neighbors) and not Path(args.corpus).is_dir():
+        find_encoder(meta["text_model"]["name"], meta["text_model"]["sha256"])  # or exits, before anything slow
     if args.serve:
-        return serve(args, model, views)
+        return serve(args, TTAModel(checkpoint, args.precision, pick_device()), views)
     table = f"{os.path.splitext(args.out)[0]}.neighbors.parquet" if args.out and args.neighbors else None
     with claim([args.out, table, args.submission, args.html], args.overwrite,
                [*args.images, args.sample_submission, args.corpus, checkpoint]) as locks:
-        predict_all(args, model, checkpoint, views, table, locks)
+        predict_all(args, checkpoint, views, table, locks)
 
 
-def predict_all(args, model, checkpoint, views, table, locks):
+def predict_all(args, checkpoint, views, table, locks):
     # what to predict, and the known prompts
+    model = TTAModel(checkpoint, args.precision, pick_device())
     meta = model.meta
     ids, paths, names, prompts, targets, groups = read_input(args, meta, model.device)
     trained = None if targets is None or groups is not None else find_trained(targets, meta)

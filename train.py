@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clean import (ARCHIVE_ERRORS, BadImage, atomic, chart_label, encode, has_bf16, hold, load_encoder, make_parser,
-                   misfit, number, open_rgb, print_next, read_data, reason, run, sweep, top_k, warn_few)
+                   misfit, number, open_rgb, print_next, read_data, reason, require, run, sweep, top_k, warn_few)
 
 FORMAT = 2
 SHARD = 2048  # images per file of frozen features: what a kill -9 can cost
@@ -69,6 +69,7 @@ RANGES = (  # low, high, flags: integers where low is one
     (8, 2048, "image_size"), (0, 1024, "workers"), (0, 10 ** 12, "seed warmup unfreeze_from"),
     (1, 10 ** 6, "epochs accum_freq log_every"), (2, 10 ** 6, "batch_size"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # ft finishes its step, saves and exits
+OPEN_CLIP = "open_clip_torch ftfy"  # the packages of all backbones but timm's
 OPENS_FILES = ("pretrained", "checkpoint", "cache")  # how timm's arguments begin that open files or the hub
 BUILD_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)  # of model libraries
 STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
@@ -166,9 +167,12 @@ def check_meta(meta, path):
     """The metadata of a checkpoint, which anybody may have made -> itself, or exits."""
     wrong = misfit(meta, META, "metadata") or config_flaw(meta["backbone"]) or (
         None if len(meta["mean_target"]) == meta["dim"] and any(meta["mean_target"]) else "metadata.mean_target")
-    return meta if not wrong else sys.exit(
-        f"{path}: {wrong} does not fit: not a readable checkpoint of this train.py (format {FORMAT}, heads {[*HEADS]}) "
-        "or one with values out of bounds; train it again")
+    if wrong:
+        sys.exit(f"{path}: {wrong} does not fit: not a readable checkpoint of this train.py (format {FORMAT}, heads "
+                 f"{[*HEADS]}) or one with values out of bounds; train it again")
+    if not meta["backbone"]["model"].startswith("timm:"):
+        require("open_clip", OPEN_CLIP)  # here, because it makes tensors: not under "meta" in build_model
+    return meta
 
 
 def check_finite(state, what):
@@ -344,6 +348,7 @@ def make_backbone(args):
     file = tag if tag and Path(tag).is_file() else None
     spec = {"model": name, "pretrained": chosen, "kwargs": dict(args.model_kwargs), "image_size": size}
     if not name.startswith("timm:"):
+        require("open_clip", OPEN_CLIP)
         import open_clip
         try:
             config, known, file = find_clip(name, tag, file)
@@ -465,7 +470,6 @@ def load_meta(path):
 def build_model(meta, state, path):
     """Metadata that is checked, and weights, of a file -> Model in eval mode, or exits if they do not fit."""
     spec, shapes = meta["backbone"], {k: v.shape for k, v in state.items()}
-    __import__("timm" if spec["model"].startswith("timm:") else "open_clip")  # which makes tensors: not under "meta"
     for device in ("meta", "cpu"):  # first without memory: what it claims to be may be larger than what it is
         with torch.device(device):
             try:  # without the head, because a mistake in yours has to show its line

@@ -364,6 +364,25 @@ def test_each_tag_has_its_own_transform(monkeypatch):
         assert to_square(Image.new("RGB", (60000, 1)), spec).dtype == torch.uint8
 
 
+def test_timm_computes_what_open_clip_computes():
+    """timm's quickgelu ViT equals open_clip's with QuickGELU on the same weights, which timm converts as it converts
+    the published ones. So runs for Kaggle, which has timm alone, can start from the same `openai` weights."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+    vision = {"patch_size": 14, "width": 64, "head_width": 32, "layers": 2}
+    spec = {"model": "ViT-L-14", "config": {"embed_dim": 8, "vision_cfg": vision}, "quick_gelu": True, "image_size": 56}
+    kwargs = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    clip, images = train.build_backbone(spec).eval(), torch.randn(4, 3, 56, 56)
+    for p in clip.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    published = {f"visual.{k}": v for k, v in clip.state_dict().items()} | {"visual.proj": torch.ones(64, 8)}
+    for name, same in (("vit_large_patch14_clip_quickgelu_224", True), ("vit_large_patch14_clip_224", False)):
+        spec = {"model": f"timm:{name}", "kwargs": kwargs, "image_size": 56}
+        weights = checkpoint_filter_fn(published, train.build_backbone(spec))
+        found = train.build_backbone(spec, weights).eval()(images)
+        assert ((found - clip(images)).abs().max() < 1e-5) == same, name
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
 def test_weights_files(flags, tmp_path, monkeypatch):
     """Three formats, two libraries, wrapped in any way; folders and repositories. --force-quick-gelu is for files."""
