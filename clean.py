@@ -1016,10 +1016,11 @@ def top_k(queries, keys, k):
     matrix, index = torch.from_numpy(keys).to("cuda" if cuda else "cpu"), None
     with suppress(ImportError):  # Kaggle has no faiss
         import faiss
-        index = faiss.IndexFlatIP(keys.shape[1])
-        if getattr(faiss, "get_num_gpus", int)():
-            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-        index.add(keys)
+        gpu = getattr(faiss, "get_num_gpus", int)()
+        if gpu or not cuda:  # torch on a GPU beats faiss-cpu
+            index = faiss.IndexFlatIP(keys.shape[1])
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index) if gpu else index
+            index.add(keys)
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False  # it errs by 1e-3
     step = max(1, min(4096 if k < 16 else 256, 2 ** 26 // max(1, len(keys))))  # float32 scores of a step: 256 MiB
     for start in range(0, len(queries), step):
@@ -1966,7 +1967,8 @@ def main():
     group, split, targets = group[which], split[which], x[pairs["at"]]
     sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard", "ood")}
     if not sizes["val"] and args.val_fraction and not args.text_only:
-        sys.exit(f"no validation rows: the {(~ood[which]).sum():,} rows outside --holdout-source are one group at cosine "
+        where = " outside --holdout-source" * bool(args.holdout_source)
+        sys.exit(f"no validation rows: the {(~ood[which]).sum():,} rows{where} are one group at cosine "
                  f"{args.split_threshold}; raise --split-threshold, or add other prompts")
     leak = top_k(targets[split == "train"], targets[np.isin(split, ["val", "ood"])], 1)[0].max(initial=-1)
 

@@ -60,7 +60,7 @@ def parquet(table):
 
 def hashes(folder):  # of every file but caches, locks, and summary.json, which holds --out
     files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-    return {f: clean.sha256(folder / f) for f in files if not re.search(r"\.cache/|log\.jsonl|summary\.json|\.lock", f)}
+    return {f: clean.sha256(folder / f) for f in files if not re.search(r"\.cache/|log\.jsonl|summary\.json|funnel|\.lock", f)}
 
 
 def bag_of_words(prompts, *_):  # in place of the encoder: prompts that share words have a high cosine

