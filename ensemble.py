@@ -30,8 +30,8 @@ def key_of(preds):
 
 
 def group_files(folder):
-    """The npz files of a folder, grouped by their ids -> files to average, files to fit on or None. Targets of the largest
-    validation (else other) group serve the largest other one, without targets first. Names what is left out."""
+    """The npz files of a folder, grouped by their ids -> files to average, files to fit on or None. Targets of the
+    largest group (validation first) serve the largest other one (without targets first). Names what is left out."""
     groups, keys = {}, {}
     for name in sorted(str(p) for p in Path(folder).glob("*.npz")):
         m = read_preds(name)
@@ -53,8 +53,8 @@ def group_files(folder):
 
 
 def load_members(names):
-    """Predictions joined by id -> dict: ids, x [M unit (N, D)], runs, keys [(checkpoint or run, views)], targets, groups,
-    trained (N,): rows whose prompts a member was trained on"""
+    """Predictions joined by id -> dict: ids, x [M unit (N, D)], runs, keys [(checkpoint or run, views)], targets,
+    groups, trained (N,): rows whose prompts a member was trained on"""
     ids, truth, groups, trained, x, runs, keys = None, None, None, False, [], [], []
     for name in names:  # one file at a time: the targets that each carries are not held
         m = read_preds(name)

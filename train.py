@@ -58,7 +58,7 @@ DEFAULTS = {  # by phase, where neither command line nor data folder says otherw
 }
 PHASES = """--phase is missing. Training has two phases, because that keeps pretrained features intact (LP-FT):
   python train.py --phase lp    linear probe: the head on frozen features; minutes, and what ft starts from
-  python train.py --phase ft    fine-tuning: everything, starting from that head; hours on real data, and the better score
+  python train.py --phase ft    fine-tuning: everything, from that head on; hours on real data, and a better score
 Add --data data/NAME, as written by clean.py; without it both train on the demo.
 """
 OF_MODEL = "model pretrained model_kwargs force_quick_gelu image_size image_mean image_std head"
@@ -535,7 +535,7 @@ def load_data(folder):
     if pairs["image"].null_count():
         sys.exit(f"{folder}: has no images (made with --text-only)")
     if "val" not in held:
-        sys.exit(f"{folder}: no validation rows, so no epoch could be chosen; make it again with clean.py --val-fraction")
+        sys.exit(f"{folder}: no validation rows, so no epoch can be chosen; make it again, see clean.py --val-fraction")
     mean = targets[train].sum(0) / max(1, len(train))
     if not mean.any():
         sys.exit(f"{folder}: no training rows, or their targets' mean is zero; add rows")

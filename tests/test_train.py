@@ -476,6 +476,11 @@ def test_batchnorm(pretrained, flags, tmp_path):
                    for k in before if k.endswith("running_mean"))
 
 
+@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (89, "89 s"), (100, "1.67 min"), (36e3, "10 h"), (2e5, "2.31 days")])
+def test_duration(seconds, text):
+    assert train.duration(seconds) == text
+
+
 def test_lp(lp, data, flags, tmp_path):
     """The head alone, from the ridge solution, on the backbone's features, in order and without buffer rows."""
     with mock.patch.object(train, "loss_fn", lambda *x: loss_fn(*x) + 5):  # with any loss, a score is a cosine
