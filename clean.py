@@ -130,7 +130,7 @@ def write_printable(write, text):
 
 def warn_few(n):
     if 0 < n < FEW_ROWS:
-        print(f"only {n} validation rows: a score on so few says little; clean.py --val-fraction makes more of them")
+        print(f"only {n} validation rows: a score on so few says little; add data, or raise clean.py's --val-fraction")
 
 
 def print_next(*command):
@@ -1837,8 +1837,9 @@ class Funnel:  # the rows that are left, and those that each rule dropped
                 there = f"; not read: {list_counts(self.unread)}" if self.unread else ""
                 sys.exit(f"no row survives ({counts}): no prompt in a table, in a .caption, .json or .txt beside the "
                          f"image, or in the image itself{there}; name a table's column with --prompt-col")
-            sys.exit(f"no row survives ({counts}); loosen that rule; "
-                     f"image paths are relative to the table, e.g. {self.rows['image'].drop_nulls().first()}")
+            image = self.rows["image"].drop_nulls().first()
+            hint = f"; image paths are relative to the table, e.g. {image}" if rule == "image missing" else ""
+            sys.exit(f"no row survives ({counts}); loosen that rule{hint}")
 
 
 def chart_label(name):
@@ -1975,7 +1976,7 @@ def main():
     if not sizes["val"] and args.val_fraction and not args.text_only:
         where = " outside --holdout-source" * bool(args.holdout_source)
         sys.exit(f"no validation rows: the {(~ood[which]).sum():,} rows{where} are one group at cosine "
-                 f"{args.split_threshold}; raise --split-threshold, or add other prompts")
+                 f"{args.split_threshold}; add other prompts, or raise --split-threshold")
     leak = top_k(targets[split == "train"], targets[np.isin(split, ["val", "ood"])], 1)[0].max(initial=-1)
 
     # the files; a folder without summary.json, the last, is not finished
@@ -1996,7 +1997,7 @@ def main():
                    "hashes": hashes, "recommend": recommend, "args": vars(args)}, f, indent=1)
     publish(work, out, old)
     print(f"wrote {out} ({len(pairs):,} rows)")
-    if args.text_only:
+    if args.text_only or not sizes["val"]:  # with which nothing can be trained
         return print_next("predict.py", "path/to/images", "--corpus", out)
     warn_few(sizes["val"])
     print_next("train.py", "--phase", "lp", "--data", out)

@@ -34,19 +34,26 @@ def group_files(folder):
     largest group (validation first) serve the largest other one (without targets first). Names what is left out."""
     groups, keys = {}, {}
     for name in sorted(str(p) for p in Path(folder).glob("*.npz")):
-        m = read_preds(name)
+        try:
+            m = read_preds(name)
+        except SystemExit as e:  # somebody's other file
+            print(f"left out: {e}")
+            continue
         if m["run"] != "ensemble":
             keys[name], known = key_of(m), sum(m[k] is not None for k in ("targets", "groups"))
-            groups.setdefault((known, frozenset(m["ids"].tolist())), []).append(name)
+            key = known, m["embeddings"].shape[1], frozenset(m["ids"].tolist())
+            groups.setdefault(key, []).append(name)
     if not groups:
         sys.exit(f"{folder}/: no predictions there; make some with: python predict.py")
-    ranked = sorted(((known, len(names), names) for (known, _), names in groups.items()), key=lambda g: g[:2])
+    ranked = sorted(((known, len(names), names) for (known, *_), names in groups.items()), key=lambda g: g[:2])
     known, _, names = ranked.pop()
-    fit, others = None, min(ranked, key=lambda g: (g[0], -g[1]), default=(0, 0, ()))[2]
-    served = [name for name in others if len(partners(keys[name], [keys[n] for n in names])) == 1]
-    if known and served:
-        fit, names = names, served
-    print(f"averaging {', '.join(names)}" + (f"; weights from {', '.join(fit)}" if fit else ""))
+    other, _, others = min(ranked, key=lambda g: (g[0], -g[1]), default=(1, 0, ()))
+    served = [name for name in others if partner(keys[name], [keys[n] for n in names]) is not None]
+    fit = names if known and served else None
+    if known and (served or not other):  # images without targets are those to predict, even if nothing serves them
+        names = served or others
+    what = "averaging" if len(names) > 1 else "nothing to average with"
+    print(f"{what} {', '.join(names)}" + (f"; weights from {', '.join(fit)}" if fit else ""))
     if left := sorted(keys.keys() - {*names, *(fit or ())}):
         print(f"left out, because of other images or no targets for its run: {', '.join(left)}")
     return names, fit
@@ -75,20 +82,22 @@ def load_members(names):
     return {"ids": ids, "x": x, "runs": runs, "keys": keys, "targets": truth, "groups": groups, "trained": trained}
 
 
-def partners(key, fit_keys):
-    """Indices of the --fit files of a member: of the same run, and of the same views if it has several"""
+def partner(key, fit_keys):
+    """Index of the --fit file of a member: of the same run, and of the same views if there, else of about as many; or
+    None"""
     run = [i for i, k in enumerate(fit_keys) if k[0] == key[0]]
-    return [i for i in run if fit_keys[i] == key] or run
+    return min(run, key=lambda i: (fit_keys[i] != key, abs(len(fit_keys[i][1]) - len(key[1]))), default=None)
 
 
 def match(keys, fit_keys, names, fit_names):
     """The one --fit file of each member -> indices into fit_names"""
     found = []
     for key, name in zip(keys, names):
-        same = partners(key, fit_keys)
-        if len(same) != 1:
-            sys.exit(f"--fit: {len(same)} files are of the run of {name} ({key[0]}), not one: {', '.join(fit_names)}")
-        found += same
+        i = partner(key, fit_keys)
+        same = 0 if i is None else fit_keys.count(fit_keys[i])
+        if same != 1:
+            sys.exit(f"--fit: {same} files are of the run of {name} ({key[0]}), not one: {', '.join(fit_names)}")
+        found.append(i)
     return found
 
 
@@ -308,11 +317,13 @@ def combine(args, names, out, json_path, png_path, submission, locks):
         json_path: lambda f: f.write(json.dumps(report, indent=1).encode()),
         png_path: lambda f: draw(f, report),
         str(out): lambda f: write_preds(f, ids=test["ids"], embeddings=embeddings, targets=test["targets"],
-                                        groups=test["groups"], run="ensemble", views=names)})
+                                        groups=test["groups"], run="ensemble", views=names,
+                                        trained=test["trained"] if np.any(test["trained"]) else None)})
     print(f"{len(test['ids']):,} images, {report['used']} weights")
-    if test["targets"] is not None:
-        print_next("predict.py", "path/to/images", "--run", test["runs"][int(weights.argmax())], "--tta", 2)
-    elif not submission:
+    best = test["runs"][int(weights.argmax())]
+    if test["targets"] is not None and Path(best).exists():
+        print_next("predict.py", "path/to/images", "--run", best, "--tta", 2)
+    elif test["targets"] is None and not submission:
         fit = ["--fit", *args.fit] if args.fit else []
         print_next("ensemble.py", *names, *fit, "--out", out, "--overwrite", "--submission", "submission.csv")
 

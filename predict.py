@@ -170,6 +170,17 @@ def identify(file):
     return f"{os.stat(file).st_ino}-{os.stat(file).st_mtime_ns}"
 
 
+def record(lock, file):
+    """An open file that is about to get its name"""
+    lock.write(identify(file.name) + "\n")
+    lock.flush()
+
+
+def read_lock(lock):
+    """What a killed run has recorded"""
+    return os.pread(lock.fileno(), 1 << 24, 0).decode(errors="replace").split()
+
+
 def is_ours(path):
     with open(path, "rb") as f:
         start, end = f.read(1 << 16), max(0, os.path.getsize(path) - (1 << 16))
@@ -194,8 +205,7 @@ def claim(paths, overwrite, inputs=()):
                 sys.exit(f"{path}: another process has just written there; choose another name")
             locks[path] = lock
             sweep(Path(path).parent, glob.escape(Path(path).name))
-            killed = os.pread(lock.fileno(), 1 << 16, 0).decode(errors="replace").split()
-            if os.path.isfile(path) and identify(path) not in killed:  # else a killed run's, which is written again
+            if os.path.isfile(path) and identify(path) not in read_lock(lock):  # else a killed run's, written again
                 if not overwrite:
                     sys.exit(f"{path}: already there; choose another name, or --overwrite it")
                 if not is_ours(path):
@@ -221,8 +231,7 @@ def write_all(locks, jobs):
                 os.fsync(f.fileno())
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C leaves all of them or none
         for path, lock in locks.items():
-            lock.write(identify(files[path].name) + "\n")
-            lock.flush()
+            record(lock, files[path])
     signal.signal(signal.SIGINT, handler)
     for lock in locks.values():
         lock.truncate(0)
@@ -279,12 +288,20 @@ def read_validation(meta):
     return pairs, paths, np.array(targets[pairs["row"]]), summary["hashes"] == meta["data_hashes"]
 
 
+def has_data(meta):
+    return os.path.isfile(os.path.join(meta["data"], "summary.json"))  # pathlib raises if the name is too long
+
+
 def find_trained(targets, meta):
     """-> (N,): is the prompt of this embedding, or one at cosine >= --split-threshold to it, in the run's training
     data? None if that data is not there any more."""
-    if not Path(meta["data"], "summary.json").is_file():
+    if not has_data(meta):
         return None
-    pairs, known, summary = read_data(meta["data"])
+    try:
+        pairs, known, summary = read_data(meta["data"])
+    except SystemExit as e:  # a prediction does without
+        print(e, file=sys.stderr)
+        return None
     if summary["hashes"] != meta["data_hashes"]:
         return None
     train = known[(pairs["split"] == "train").to_numpy()]
@@ -408,14 +425,20 @@ def write_neighbors(file, ids, neighbors):
     file.write(buffer.getbuffer())  # by Python: on a full disk polars would not say why
 
 
-def place_texts(paths, outputs, overwrite):
+def place_texts(paths, locks, overwrite):
     """The NAME.txt beside each image, or exit if one cannot be written, or could be lost"""
     if inside := [p for p in paths if "::" in p and not os.path.exists(p)]:
         sys.exit(f"{inside[0]}: --txt writes beside image files, and this one is inside another file; unpack it")
     texts = [os.path.join(os.path.realpath(Path(p).parent), f"{Path(p).stem}.txt") for p in paths]
-    if shared := [t for t, n in Counter([*texts, *map(os.path.realpath, outputs)]).items() if n > 1]:
+    if shared := [t for t, n in Counter([*texts, *map(os.path.realpath, locks)]).items() if n > 1]:
         sys.exit(f"{shared[0]}: --txt of two images, or another output, would have this name; rename one")
-    there = [t for t in texts if os.path.lexists(t)]
+    if odd := [t for t in texts if os.path.isdir(t) or not os.access(os.path.dirname(t), os.W_OK)
+               or len(os.path.basename(os.fsencode(t))) > 230]:  # atomic's name is longer
+        sys.exit(f"{odd[0]}: --txt cannot write there; rename the image, or move it elsewhere")
+    for folder in {os.path.dirname(t) for t in texts}:
+        sweep(Path(folder), "*.txt")
+    killed = {word for lock in locks.values() for word in read_lock(lock)}
+    there = [t for t in texts if os.path.lexists(t) and not (os.path.isfile(t) and identify(t) in killed)]
     if there and not overwrite:
         sys.exit(f"{there[0]}: {len(there):,} texts of --txt are already there; move them away, or --overwrite them")
     if there:
@@ -423,15 +446,19 @@ def place_texts(paths, outputs, overwrite):
     return texts
 
 
-def write_texts(texts, neighbors, problems):
-    """One prompt per line, nearest first; an unreadable image has none. Ctrl-C waits for all of them."""
+def write_texts(texts, neighbors, problems, locks):
+    """One prompt per line, nearest first; an unreadable image has none. Ctrl-C waits for all of them. After a kill, the
+    locks tell the next run which texts are the killed one's."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for path, near, problem in zip(texts, neighbors, problems):
         if not problem:
             with atomic(path, sync=False) as f:
                 f.writelines(" ".join(prompt.split()).encode("utf-8", "replace") + b"\n" for _, prompt in near)
+                f.flush()
+                for lock in locks.values():
+                    record(lock, f)
     signal.signal(signal.SIGINT, handler)
-    print(f"wrote {problems.count(''):,} texts beside the images")
+    print(f"wrote {problems.count(''):,} texts beside the images; clean.py and predict.py read them as true prompts")
 
 
 def mean_and_error(values):
@@ -443,12 +470,12 @@ def describe(cosines):
     return "{:.4f} ± {:.4f}".format(*mean_and_error(cosines))
 
 
-def name_weights(meta):
-    """Which weights a checkpoint holds"""
+def name_weights(meta, log):
+    """Which weights a checkpoint holds. log: metrics.jsonl of its run"""
     if meta.get("soup"):
         return f"an average of {len(meta['soup'])} runs"
     if not meta.get("step") and meta["args"].get("phase") == "ft":
-        return "the start of ft, which no epoch beat"
+        return f"the start of ft, which {'no epoch beat' if is_finished(log) else 'is not finished'}"
     return f"{'EMA' if meta.get('weights') == 'ema' else 'raw'} weights of step {meta.get('step') or 0:,}"
 
 
@@ -573,7 +600,8 @@ def embolden(text, prompt):
     """Escaped text, in bold the words that the prompt has, too"""
     shared = {*re.findall(r"\w+", (prompt or "").lower())} - STOP
     parts = re.split(r"(\w+)", text)
-    return "".join(f"<b>{part}</b>" if part.lower() in shared else html.escape(part) for part in parts)
+    bold = "".join(f"<b>{part}</b>" if part.lower() in shared else html.escape(part) for part in parts)
+    return bold.replace("</b> <b>", " ")  # fewer elements: 2,000 cards open faster
 
 
 def card(n, name, picture, cosine=None, prompt=None, near=None, problem=None, trained=None):
@@ -623,7 +651,7 @@ def write_report(file, title, facts, names, pictures, cosines=None, baseline=Non
                                            else "prediction to the true prompt")
     file.write(make_page(title, f"""<header><h1>{e(title)}</h1><dl>{facts}</dl>
 {"" if cosines is None else histogram(cosines, baseline)}<p>{note}</p></header><main><search>
-<label>{sort} <select id="sort"><option value="order">as predicted</option>
+<label>{sort} <select id="sort"><option value="order">input order</option>
 <option value="worst"{"" if cosines is None else " selected"}>worst first</option>
 <option value="best">best first</option></select></label>
 <label>Show images with this text <input id="filter" type="search"></label>
@@ -693,12 +721,15 @@ class Handler(BaseHTTPRequestHandler):
         if len(size) > 9 or int(size) > MAX_UPLOAD:
             return self.respond(413, b"too large")
         data = io.BytesIO(self.rfile.read(int(size)))
+        answer = 500, b"predict.py failed; its terminal shows why"
         try:
             with self.server.lock:  # one at a time: memory
                 found = self.server.answer(data)
-            self.respond(200, CONTROL.sub("\ufffd", found).encode("utf-8", "replace"), "text/html")
+            answer = 200, CONTROL.sub("\ufffd", found).encode("utf-8", "replace"), "text/html"
         except BadImage as e:
-            self.respond(422, str(e).removeprefix(f"{data}: ").replace(f" {data}", "").encode())
+            answer = 422, str(e).removeprefix(f"{data}: ").replace(f" {data}", "").encode()
+        finally:
+            self.respond(*answer)
 
 
 def serve(args, model, views):
@@ -709,6 +740,8 @@ def serve(args, model, views):
         image = open_rgb(file)
         with torch.inference_mode():
             x, _ = embed(model, render(image, views, model.spec)[None], 1)
+        if not x.isfinite().all():
+            raise BadImage("its prediction is not finite; try --precision fp32")
         near = name_neighbors(known, *nearest_prompts(x.numpy(), corpus, args.neighbors))
         return card(0, "", encode_thumbnail(image), near=near[0])
 
@@ -760,7 +793,7 @@ def parse_args(argv=None):
     g.add_argument("--blend-neighbors", type=float, default=0, help="share of their average in the embedding, 0 to 1")
     g = p.add_argument_group("speed")
     g.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="that decode images")
+    g.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode images")
     g.add_argument("--precision", choices=["auto", *DTYPES], default="auto", help="auto: by the hardware")
     return p.parse_args(argv)
 
@@ -818,7 +851,7 @@ def main():
     checkpoint, views = find_checkpoint(args.run or newest_run()), list(VIEWS)[:args.tta]
     args.run = str(checkpoint.parent)
     meta = load_meta(checkpoint)
-    print(f"run {args.run}: {meta['backbone']['model']}, {name_weights(meta)}")
+    print(f"run {args.run}: {meta['backbone']['model']}, {name_weights(meta, checkpoint.with_name('metrics.jsonl'))}")
     # what to write: of a few single images nothing
     few = 0 < len(args.images) <= FEW and all(is_image(p) for p in args.images)
     if not (args.out or few or args.serve):
@@ -827,7 +860,7 @@ def main():
     needed = args.txt or args.serve
     if needed or (args.neighbors is None and (few or args.html)):
         args.neighbors = args.neighbors or (1 if args.txt else 5)
-        if not (args.corpus or (Path(meta["data"]) / "summary.json").is_file()):
+        if not (args.corpus or has_data(meta)):
             missing = f"{meta['data']}, the training data, is not here: no neighbours without --corpus"
             sys.exit(missing) if needed else print(missing)
             args.neighbors = 0
@@ -876,6 +909,8 @@ def predict_all(args, checkpoint, views, table, locks):
     # files, and what to print
     made = {"run": args.run, "checkpoint": sha256(checkpoint)[:16], "views": ", ".join(views),
             "corpus": args.corpus or meta["data"]}
+    if texts:
+        write_texts(texts, neighbors, problems, locks)
     write_all(locks, {
         args.out: lambda f: write_preds(f, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups,
                                         trained=trained, run=args.run, checkpoint=made["checkpoint"],
@@ -884,8 +919,6 @@ def predict_all(args, checkpoint, views, table, locks):
         args.submission: lambda f: write_submission(f, ids, embeddings, order),
         args.html: lambda f: report_run(f, made, paths, names, scores, baseline, prompts, neighbors, problems,
                                           trained)})
-    if texts:
-        write_texts(texts, neighbors, problems)
     if neighbors and len(ids) <= FEW:
         print("nearest known prompts (neighbours, not the recovered prompt):")
         for path, near in zip(paths, neighbors):
@@ -899,7 +932,8 @@ def predict_all(args, checkpoint, views, table, locks):
     if args.images and targets is not None and trained is None:
         print(f"{meta['data']} is not here or has changed, so these prompts may have been trained on", file=sys.stderr)
     if args.out and not args.submission:
-        print_next("ensemble.py", *["--submission", "submission.csv"] * bool(args.images))
+        average = [args.out, "--out", f"{os.path.splitext(args.out)[0]}-average.npz", "--submission", "submission.csv"]
+        print_next("ensemble.py", *average if args.images else [])
     elif not args.html:
         print_next("predict.py", *args.images, "--run", args.run, "--html", "report.html")
 

@@ -450,12 +450,13 @@ def save_model(model, meta, path):
         f.write(to_safetensors(state, {"config": json.dumps({**meta, **model.meta}, allow_nan=False)}))
 
 
-def find_checkpoint(path):
-    """A checkpoint, phase folder or run folder (ft before lp) -> path of best.safetensors, or exits."""
+def find_checkpoint(path, flags=""):
+    """A checkpoint, phase folder or run folder (ft before lp) -> path of best.safetensors, or exits. flags: of lp, to
+    make one"""
     for end in ("", "best.safetensors", "ft/best.safetensors", "lp/best.safetensors"):
         if (Path(path) / end).is_file():
             return Path(path) / end
-    sys.exit(f"{path}: no best.safetensors there; train one with: python train.py --phase lp")
+    sys.exit(f"{path}: no best.safetensors there; train one with: python train.py --phase lp{flags}")
 
 
 def load_meta(path):
@@ -619,7 +620,7 @@ def fit_batch(args, rows, world, rank):
         if rows < 2 * parts:
             sys.exit(f"{args.data}: {rows} training rows; needs {2 * parts}, two in each micro-batch of a step")
         if rank == 0:
-            print(f"--batch-size {args.batch_size}: is now {rows // parts}, because there are {rows:,} training rows")
+            print(f"batch size {rows // parts} instead of {args.batch_size}: there are only {rows:,} training rows")
         args.batch_size = rows // parts
     return args.batch_size * parts
 
@@ -883,7 +884,7 @@ def linear_probe(model, run):
         weight, bias, lam, score = ridge(x[:, train].flatten(0, 1), y[train].repeat(len(x), 1), x[0, val], y[val])
         scale = model.head.weight.std().item() / weight.std()  # the cosine ignores it, but Adam's step size does not
         model.head.load_state_dict({"weight": weight * scale, "bias": bias * scale})
-        print(f"ridge head: lambda {lam:.3g} of 25 by val cosine, {score:.4f}")
+        print(f"ridge head: lambda {lam:.3g} (the best of 25), val cosine {score:.4f}")
     groups = param_groups(model.to(device), args.lr, args.wd, unfreeze_from=max(depths(model).values()))  # the head's
     optimizer = torch.optim.AdamW(groups, fused=True)
     batches, per_epoch = batch_sampler(data.train, args, 0), len(data.train) // args.batch_size
@@ -1022,7 +1023,8 @@ def finetune(model, run, last=None):
             signal.signal(s, lambda number, _: stop.append(number))
     if args.dry_run:
         for g in groups:
-            print(f"depth {g['depth']} · lr {g['peak']:.2e} · {sum(p.numel() for p in g['params']):,} parameters")
+            what = "parameters" if g["weight_decay"] else "parameters without weight decay"
+            print(f"depth {g['depth']} · lr {g['peak']:.2e} · {sum(p.numel() for p in g['params']):,} {what}")
     else:
         if rank == 0:
             start_log(run, step)
@@ -1080,7 +1082,8 @@ def finetune(model, run, last=None):
             if rank == 0:
                 facts = " · ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items())
                 eta = duration((total - step) * batch / rate)
-                print(f"step {step:,} ({step / total:.0%}) · {facts} · val {score:.4f} · ETA {eta}", flush=True)
+                val = "" if args.dry_run else f" · val {score:.4f}"
+                print(f"step {step:,} ({step / total:.0%}) · {facts}{val} · ETA {eta}", flush=True)
             losses, logged, clock = [], step, time.perf_counter()
         if args.dry_run:
             continue
@@ -1175,7 +1178,7 @@ def find_start(args):
         refuse(args, FT_ONLY, "for --phase ft; lp trains the head alone")
     if args.phase == "lp" or args.init == "none":
         return None
-    path = find_checkpoint(args.init or Path(args.out) / "lp")
+    path = find_checkpoint(args.init or Path(args.out) / "lp", f" --data {args.data} --out {args.out}")
     refuse(args, OF_MODEL, f"ft takes its model from {path}; leave them out, or train that lp first")
     return load_meta(path) | {"path": path}
 
@@ -1220,7 +1223,7 @@ def check_settings(args, begin):
     for key, value in known.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     mixed = args.mixgen * args.batch_size
-    if abs(mixed - round(mixed)) > 1e-6:
+    if abs(mixed - round(mixed)) > 1e-6 and not args.resume:  # fit_batch may have made the batch odd
         sys.exit(f"--mixgen {args.mixgen}: blends {mixed:g} of a --batch-size of {args.batch_size}; must be whole")
     if begin and begin["text_model"] != summary["text_model"]:
         sys.exit(f"{args.data}: other targets than the start was trained for, {begin['text_model']['name']}'s")
@@ -1303,7 +1306,7 @@ def finish(args, best, n, baseline, path):
         return print_next("train.py", "--phase", "ft", "--data", args.data, "--out", args.out)
     print_next("predict.py", "--run", path.parent, "--tta", 2)
     if not load_meta(path)["step"]:
-        start = "the cold start" if args.init == "none" else "the lp start"
+        start = {None: "the lp start", "none": "the cold start"}.get(args.init, f"its start, {args.init}")
         print(f"no epoch beat {start}; best.safetensors is {start}; try another --lr, with --overwrite")
 
 

@@ -195,12 +195,20 @@ def test_preds_are_grouped_by_ids(known, write, go):
     done, want = go("--submission", "s.csv"), go(*(f"preds/test{m}.npz" for m in range(3)), "--fit", *val[:3])
     assert far(done.embeddings, want.embeddings) == 0 and len(done.members) == 3 and done.used == "learned"
     assert "no targets for its run: preds/seen.npz, preds/test7.npz\n" in done.printed
+    Path("preds/junk.npz").write_text("x")  # the views of a member may differ; none has targets; other files do no harm
+    for m in range(3):
+        again = predict.read_npz(val[m]) | {"views": np.array(["image", "mirror"])}
+        predict.write_preds(f"preds/n{m}.npz", **again)
+    done = go("--submission", "s.csv")
+    assert "left out: preds/junk.npz" in done.printed and done.used == "learned" and done.ids[0].endswith("t")
+    Path("preds/junk.npz").unlink()
     for path in Path("preds").glob("*t*.npz"):
         path.unlink()
     wrong = known[0] * np.where(np.arange(N) < 300, -1, 1)[:, None]  # rows of which the scores are worthless
     for m, x in enumerate(fit):
         predict.write_preds(val[m], ids=names(range(N)), embeddings=x, targets=wrong, run=f"runs/m{m}/ft",
                             trained=np.arange(N) < 300)
+    Path("runs/m0/ft").mkdir(parents=True)
     done = go(*val[:3])
     assert "300 rows whose prompts were trained on" in done.printed and done.n == 300
     assert done.uniform[0] == pytest.approx((mix(np.ones(3), fit) * known[0]).sum(1)[300:].mean(), abs=1e-5)
@@ -295,11 +303,15 @@ assert run(99) == 1 and made.read_text() == "of the user"
 @pytest.mark.parametrize("script, outputs, line", [
     ("predict", "p.npz,s.csv,r.html,p.neighbors.parquet", "IMAGES --run RUN --out p.npz --submission s.csv "
      "--html r.html --neighbors 2 --workers 0"),
+    ("predict", "in/a.txt,in/b.txt,p.npz,p.neighbors.parquet", "in --run RUN --out p.npz --txt --workers 0"),
     ("ensemble", "e/e.npz,e/e.json,e/e.png,s.csv", "m/m0.npz m/m1.npz --out e/e.npz --submission s.csv"),
     ("ensemble", "soup/ft/best.safetensors,soup/ft/metrics.jsonl", "--soup RUN/lp RUN/ft --out soup")])
 def test_a_killed_command_can_be_given_again(script, outputs, line, write, trained, raw):
     """After a kill between any two of its outputs, which are finished then; but a file of the user is not replaced."""
     write("m")
+    Path("in").mkdir()
+    for name, image in zip("ab", sorted((raw / "images").rglob("*.*"))):
+        shutil.copy(image, f"in/{name}{image.suffix}")
     line = line.replace("IMAGES", f"{raw}/images").replace("RUN", str(trained)).split()
     done = subprocess.run([sys.executable, "-c", KILLED, ROOT, script, outputs, *line], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

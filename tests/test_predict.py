@@ -505,7 +505,7 @@ def test_report_in_a_browser(images, tmp_path, monkeypatch):
 def test_what_a_card_says(go, images):
     """Shared words are bold, whatever their case; a thumbnail is large, and 12 KB suffice; the footer names the run."""
     assert predict.embolden("A RED fox & <b>, reddish", "the red <b> of a fox") == (
-        "A <b>RED</b> <b>fox</b> &amp; &lt;<b>b</b>&gt;, reddish")
+        "A <b>RED fox</b> &amp; &lt;<b>b</b>&gt;, reddish")
     Image.effect_noise((900, 600), 30).convert("RGB").filter(ImageFilter.BoxBlur(3)).save("photo.png")
     assert 6000 < len(predict.thumbnail("photo.png")) < 10_600
     go("photo.png", "--html", "r.html", "--tta", 2, "--neighbors", 1)
@@ -546,10 +546,12 @@ def test_texts_beside_images(go, images):
     assert Path("in/b.txt").read_text() == lines[0] + "\n"
     assert "2 texts will be replaced" in go("t.csv", "--txt", "--neighbors", 3).out
     assert Path("in/b.txt").read_text().splitlines() == lines
+    put({"no/a.png": images[0], "no/a.txt/x": "", f"long/{'a' * 245}.png": images[0]})
     put({"in/b.txt": "mine", "twice/a.jpg": images[0], "twice/a.png": images[0]})
     with pytest.raises(SystemExit, match="in/a.txt: 2 texts of --txt are already there"):
-        predict.place_texts(["in/a.png", "in/b.png", "in/bad.png"], [], overwrite=False)
+        predict.place_texts(["in/a.png", "in/b.png", "in/bad.png"], {}, overwrite=False)
     for line, said in {f"{zipped} --txt": "inside another file", "twice --txt": "twice/a.txt: --txt of two images",
+                       "no --txt": "a.txt: --txt cannot write there", "long --txt": "--txt cannot write there",
                        "in --txt --submission in/bad.txt": "another output", "--txt": "name some",
                        "in --txt --neighbors 0": r"must be in \[1, "}.items():
         go(*line.split(), fails=said)

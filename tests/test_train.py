@@ -499,7 +499,7 @@ def test_lp(lp, data, flags, tmp_path):
     assert torch.allclose(weight.double(), torch.linalg.solve(a.T @ a + lam * torch.eye(64), a.T @ b).T, atol=1e-4)
     predicted = torch.nn.functional.normalize(x[val] @ weight.T + bias, dim=1)
     assert 1 - loss_fn(predicted, y[val]).item() == pytest.approx(score, abs=1e-5) and score > known.baseline["val"]
-    assert scores[0] == pytest.approx(float(said.split("by val cosine, ")[1].split()[0]), abs=2e-4)
+    assert scores[0] == pytest.approx(float(said.split("(the best of 25), val cosine ")[1].split()[0]), abs=2e-4)
     assert other["head.weight"].std().item() == pytest.approx((2 / 448) ** 0.5, rel=0.3), "as large as a random head"
     images, queries = (torch.nn.functional.normalize(x[rows], dim=1).numpy() for rows in (known.train, val))
     near = np.argsort(-queries @ images.T, 1)[:, :10]
@@ -507,8 +507,12 @@ def test_lp(lp, data, flags, tmp_path):
     assert f"10 nearest training images {cosine:.4f}" in said and "only 40 validation rows" in said
     said = run("--phase", "ft", *flags, "--batch-size", 5000, "--epochs", 1, "--lr", 1e-12, "--out", tmp_path)
     assert metrics(tmp_path / "ft", "val_cosine")[0] == pytest.approx(meta["val_cosine"], abs=1e-5)
-    assert f"is now {len(known.train)}," in said and metrics(tmp_path / "ft", "step")[-1] == 1
+    assert f"batch size {len(known.train)} instead of 5000" in said and metrics(tmp_path / "ft", "step")[-1] == 1
     assert said.splitlines()[-1].startswith("no epoch beat the lp start; best.safetensors is the lp start; try another")
+    odd = ["--phase", "ft", "--out", tmp_path / "odd"]  # a batch that was made smaller, of which a tenth is not whole
+    with signal_at("lr_at", 1, signal.SIGINT):
+        run(*odd, *flags, "--init", lp, "--batch-size", 5000, "--mixgen", 0.1, "--epochs", 2, code=130)
+    assert "no epoch beat its start" in run(*odd, "--resume") or metrics(tmp_path / "odd/ft", "done") == [True]
 
 
 def test_features_are_computed_once(lp, flags, tmp_path, monkeypatch):
