@@ -537,7 +537,6 @@ const show = () => {
   $('count').textContent = shown.length + ' of ' + cards.length + ' images';
 };
 $('sort').oninput = $('filter').oninput = show;
-show();
 """
 
 
@@ -641,7 +640,8 @@ def write_report(file, title, facts, names, pictures, cosines=None, baseline=Non
     """One page. names to trained: columns, as in card; made: {what: value} of the footer"""
     e, n = html.escape, len(names)
     known = [[None] * n if column is None else column for column in (cosines, prompts, neighbors, problems, trained)]
-    cards = "".join(map(card, range(n), names, pictures, *known))
+    order = sorted(range(n), key=lambda i: 0 if cosines is None else cosines[i])  # as the page says that it is sorted
+    cards = "".join(card(i, names[i], pictures[i], *[column[i] for column in known]) for i in order)
     note = "Below an image: known prompts near the prediction, not the recovered prompt. " if neighbors else ""
     note += "Words of the true prompt are bold. " if neighbors and prompts else ""
     note += f"{n:,} of {total:,} images are shown, evenly spread." if total and n < total else ""
@@ -651,11 +651,11 @@ def write_report(file, title, facts, names, pictures, cosines=None, baseline=Non
                                            else "prediction to the true prompt")
     file.write(make_page(title, f"""<header><h1>{e(title)}</h1><dl>{facts}</dl>
 {"" if cosines is None else histogram(cosines, baseline)}<p>{note}</p></header><main><search>
-<label>{sort} <select id="sort"><option value="order">input order</option>
+<label>{sort} <select id="sort" autocomplete="off"><option value="order">input order</option>
 <option value="worst"{"" if cosines is None else " selected"}>worst first</option>
 <option value="best">best first</option></select></label>
-<label>Show images with this text <input id="filter" type="search"></label>
-<output id="count" role="status"></output></search>
+<label>Show images with this text <input id="filter" type="search" autocomplete="off"></label>
+<output id="count" role="status">{n} of {n} images</output></search>
 <ul id="grid">
 {cards}</ul></main><footer>{made}</footer>""", SCRIPT))
 
@@ -814,7 +814,7 @@ def read_input(args, meta, device):
     """-> ids, paths, names in the report, and where known prompts, targets, groups"""
     if args.images:
         ids, paths, prompts = list_images(args.images, args.image_col, args.prompt_col, args.limit)
-        targets = None
+        targets, prompts = None, None if args.txt else prompts  # which --txt may have written before it was killed
         try:
             text = meta["text_model"]
             targets = encode_cached(prompts, text["name"], device, sha=text["sha256"]) if prompts else None
