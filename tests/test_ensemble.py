@@ -258,6 +258,7 @@ def test_soup(trained, tmp_path, monkeypatch):
 
 KILLED = """
 import importlib, os, sys
+import matplotlib.figure, open_clip  # once, and not in every child
 from pathlib import Path
 root, script, outputs, *args = sys.argv[1:]
 sys.path.insert(0, root)
