@@ -202,6 +202,10 @@ def test_preds_are_grouped_by_ids(known, write, go):
     done = go("--submission", "s.csv")
     assert "left out: preds/junk.npz" in done.printed and done.used == "learned" and done.ids[0].endswith("t")
     Path("preds/junk.npz").unlink()
+    for m in range(3):
+        Path(f"preds/test{m}.npz").unlink()
+    done = go("--submission", "s.csv")  # images to predict come first, even if nothing tells what their run is worth
+    assert done.ids[0].endswith("t") and done.used == "uniform" and "nothing to average with preds/test7" in done.printed
     for path in Path("preds").glob("*t*.npz"):
         path.unlink()
     wrong = known[0] * np.where(np.arange(N) < 300, -1, 1)[:, None]  # rows of which the scores are worthless
