@@ -166,7 +166,7 @@ def test_ids_that_clash(go, tmp_path, images):
     assert go("new\nline", "--submission", "s.csv").ids.tolist() == predict.read_submission("s.csv")[0]
 
 
-def test_known_prompts_are_targets(go, raw, data, images):
+def test_known_prompts_are_targets(go, raw, data, images, monkeypatch):
     """Of a table or of sidecars; not where one is unknown. Those that were trained on are told apart."""
     table, prompts = go(raw / "prompts.csv"), pl.read_csv(raw / "prompts.csv")
     train = np.load(data / "targets.npy")[(pl.read_parquet(data / "pairs.parquet")["split"] == "train").to_numpy()]
@@ -181,6 +181,8 @@ def test_known_prompts_are_targets(go, raw, data, images):
     assert far(got.targets, table.targets[[row[i] for i in got.ids]]) < 1e-5
     Path(f"in/{name}.txt").unlink()
     assert go(shutil.make_archive("fewer", "zip", "in")).targets is None
+    monkeypatch.setattr(predict, "has_data", lambda _: False)
+    assert "may have been trained on" in (gone := go(raw / "prompts.csv")).err and gone.trained is None
 
 
 def test_a_bad_image_never_shifts_a_row(go, model, images):
