@@ -507,7 +507,7 @@ def test_report_in_a_browser(images, tmp_path, monkeypatch):
 
 def test_what_a_card_says(go, images):
     """Shared words are bold, whatever their case; a thumbnail is large, and 12 KB suffice; the footer names the run."""
-    assert predict.embolden("A RED fox & <b>, reddish", "the red <b> of a fox") == (
+    assert predict.embolden("A RED fox & <b>, reddish", "the red <b> of a Fox") == (
         "A <b>RED fox</b> &amp; &lt;<b>b</b>&gt;, reddish")
     Image.effect_noise((900, 600), 30).convert("RGB").filter(ImageFilter.BoxBlur(3)).save("photo.png")
     assert 6000 < len(predict.thumbnail("photo.png")) < 10_600
