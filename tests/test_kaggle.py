@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import ROOT, command, put, unit  # which makes the scripts importable
+
 import ensemble
 import predict
-from conftest import ROOT, command, put, unit
 from predict import find_rows, read_preds, read_submission
 from train import pick_precision
 
