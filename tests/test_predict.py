@@ -168,13 +168,15 @@ def test_ids_that_clash(go, tmp_path, images):
 
 def test_known_prompts_are_targets(go, raw, data, images, monkeypatch):
     """Of a table or of sidecars; not where one is unknown. Those that were trained on are told apart."""
-    table, prompts = go(raw / "prompts.csv"), pl.read_csv(raw / "prompts.csv")
+    table, prompts = go(raw / "prompts.csv", "--html", "r.html"), pl.read_csv(raw / "prompts.csv")
     train = np.load(data / "targets.npy")[(pl.read_parquet(data / "pairs.parquet")["split"] == "train").to_numpy()]
     trained, cosines = (table.targets @ train.T).max(1) >= 0.7, (table.embeddings * table.targets).sum(1)
     assert (table.trained == trained).all() and 100 < trained.sum() < 190 and len(table.ids) == 200
     for name, rows in ("trained-on", trained), ("other", ~trained):
         assert f"\n{name} prompts: cosine {cosines[rows].mean():.4f} ± " in table.out
         assert f"(n = {rows.sum()});" in table.out
+        assert f"{name} prompts: mean cosine</dt><dd>{cosines[rows].mean():.4f} ± " in Path("r.html").read_text()
+    assert Path("r.html").read_text().count(">trained on this prompt<") == trained.sum()
     for name, prompt in prompts.select(pl.col("image").str.extract(r"(\w+)\.\w+$"), "prompt").head(2).rows():
         put({f"in/{name}.png": images[0], f"in/{name}.txt": prompt})
     got, row = go(shutil.make_archive("in", "zip", "in")), {i: n for n, i in enumerate(table.ids)}
@@ -183,6 +185,16 @@ def test_known_prompts_are_targets(go, raw, data, images, monkeypatch):
     assert go(shutil.make_archive("fewer", "zip", "in")).targets is None
     monkeypatch.setattr(predict, "has_data", lambda _: False)
     assert "may have been trained on" in (gone := go(raw / "prompts.csv")).err and gone.trained is None
+
+
+def test_which_weights(tmp_path):
+    for meta, log, said in (({"weights": "ema", "step": 1200}, "", "EMA weights of step 1,200"),
+                            ({"weights": "raw", "step": 7, "args": {"phase": "lp"}}, "", "raw weights of step 7"),
+                            ({"step": 0}, '{"done": true}', "the start of ft, which no epoch beat"),
+                            ({"step": 0}, "{}", "the start of ft, which is not finished"),
+                            ({"soup": ["a", "b"]}, "", "an average of 2 runs")):
+        put({tmp_path / "best.safetensors": "", tmp_path / "metrics.jsonl": log})
+        assert predict.name_weights({"args": {"phase": "ft"}} | meta, tmp_path / "metrics.jsonl") == said
 
 
 def test_a_bad_image_never_shifts_a_row(go, model, images):
