@@ -839,8 +839,8 @@ def report_run(file, made, paths, names, cosines, baseline, prompts, neighbors, 
     facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems))}
     made = made | {"made by predict.py": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     shown = [i * n // size for i in range(size)]
-    columns = (names, None if cosines is None else cosines.tolist(), prompts, neighbors, problems, trained)
-    names, cosines, *rest = [column and [column[i] for i in shown] for column in columns]
+    columns = names, cosines, prompts, neighbors, problems, trained
+    names, cosines, *rest = [None if column is None else [column[i] for i in shown] for column in columns]
     pictures = [thumbnail(paths[i]) for i in tqdm(shown, "report", unit="image", disable=size < 64)]
     write_report(file, f"Predicted prompts: {made['run']}", facts, names, pictures, cosines, baseline, *rest, n, made)
 
