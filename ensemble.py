@@ -7,6 +7,7 @@ $ python ensemble.py test_a.npz other.csv --fit val/*.npz val/other.csv --submis
 $ python ensemble.py --soup runs/a/ft runs/b/ft --out runs/soup    # average weights of runs (lp and ft: WiSE-FT)
 """
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def group_files(folder):
     known, _, names = ranked.pop()
     other, _, others = min(ranked, key=lambda g: (g[0], -g[1]), default=(1, 0, ()))
     served = [name for name in others if partner(keys[name], [keys[n] for n in names]) is not None]
-    fit = names if known and served else None
+    fit = list({keys[n]: n for n in names}.values()) if known and served else None  # of equal ones, one
     if known and (served or not other):  # images without targets are those to predict, even if nothing serves them
         names = served or others
     what = "averaging" if len(names) > 1 else "nothing to average with"
@@ -321,7 +322,7 @@ def combine(args, names, out, json_path, png_path, submission, locks):
                                         trained=test["trained"] if np.any(test["trained"]) else None)})
     print(f"{len(test['ids']):,} images, {report['used']} weights")
     best = test["runs"][int(weights.argmax())]
-    if test["targets"] is not None and Path(best).exists():
+    if test["targets"] is not None and os.path.exists(best):
         print_next("predict.py", "path/to/images", "--run", best, "--tta", 2)
     elif test["targets"] is None and not submission:
         fit = ["--fit", *args.fit] if args.fit else []

@@ -837,7 +837,7 @@ def report_run(file, made, paths, names, cosines, baseline, prompts, neighbors, 
                                         for part, rows in parts_of(trained).items()}
     facts |= {} if cosines is None else {"constant baseline": f"{baseline:.4f}"}
     facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems))}
-    made = made | {"made by predict.py": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    made = made | {"made by predict.py": datetime.now(timezone.utc).date()}
     shown = [i * n // size for i in range(size)]
     columns = names, cosines, prompts, neighbors, problems, trained
     names, cosines, *rest = [None if column is None else [column[i] for i in shown] for column in columns]
