@@ -833,9 +833,10 @@ def read_input(args, meta, device):
 
 def report_run(file, made, paths, names, cosines, baseline, prompts, neighbors, problems, trained=None):
     n, size = len(paths), min(REPORT_MAX, len(paths))
-    facts = {} if cosines is None else {f"{part}mean cosine": describe(cosines[rows])
-                                        for part, rows in parts_of(trained).items()}
-    facts |= {} if cosines is None else {"constant baseline": f"{baseline:.4f}"}
+    parts = {} if cosines is None else parts_of(trained)
+    facts = {f"{part}mean cosine": describe(cosines[rows]) for part, rows in parts.items()}
+    if parts:
+        facts["constant baseline" + " of all images" * (len(parts) > 1)] = f"{baseline:.4f}"
     facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems))}
     made = made | {"made by predict.py": datetime.now(timezone.utc).date()}
     shown = [i * n // size for i in range(size)]
