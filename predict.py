@@ -908,18 +908,17 @@ def predict_all(args, checkpoint, views, table, locks):
         scores, baseline = (embeddings * targets).sum(1), float((targets @ mean).mean())
     check_rows(embeddings, f"{args.run} with --blend-neighbors {args.blend_neighbors}")
     # files, and what to print
-    made = {"run": args.run, "checkpoint": sha256(checkpoint)[:16], "views": ", ".join(views),
-            "corpus": args.corpus or meta["data"]}
+    digest = sha256(checkpoint)[:16] if args.out or args.html else ""  # a gigabyte to read for ViT-L/14
+    made = {"run": args.run, "checkpoint": digest, "views": ", ".join(views), "corpus": args.corpus or meta["data"]}
     if texts:
         write_texts(texts, neighbors, problems, locks)
     write_all(locks, {
         args.out: lambda f: write_preds(f, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups,
-                                        trained=trained, run=args.run, checkpoint=made["checkpoint"],
-                                        views=np.array(views)),
+                                        trained=trained, run=args.run, checkpoint=digest, views=np.array(views)),
         table: lambda f: write_neighbors(f, ids, neighbors),
         args.submission: lambda f: write_submission(f, ids, embeddings, order),
         args.html: lambda f: report_run(f, made, paths, names, scores, baseline, prompts, neighbors, problems,
-                                          trained)})
+                                        trained)})
     if neighbors and len(ids) <= FEW:
         print("nearest known prompts (neighbours, not the recovered prompt):")
         for path, near in zip(paths, neighbors):
