@@ -54,7 +54,7 @@ import polars as pl
 from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
-FORMAT = 2
+FORMAT = 3
 MAX_PIXELS = 64_000_000  # 192 MB once decoded
 MAX_MEMBER = 1 << 28     # bytes of one archive member once unpacked ...
 MAX_JSON = 1 << 27       # bytes of one that is not named as an INPUT
@@ -68,7 +68,7 @@ FEW_ROWS = 100           # of validation; a score on fewer says little
 RANGES = (  # low, high, flags
     (1, 1e9, "min_words per_prompt max_tokens gen_steps gen_batch_size limit"), (0, 1e9, "max_words min_side max_side"),
     (1, 1024, "workers"), (8, 65_500, "size"), (1e-9, 1e9, "threshold split_threshold"), (0, 0.99, "val_fraction"),
-    (0, 2**62, "seed"), (-1e9, 1e9, "max_nsfw gen_guidance"))
+    (0, 2**62, "seed"), (-1e9, 1e9, "max_nsfw gen_guidance balance_threshold"))
 CANNOT_WRITE = ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM, ENOTDIR, EEXIST, EISDIR, ENAMETOOLONG
 TABLE_SUFFIXES = ".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json"
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
@@ -90,9 +90,12 @@ MINILM = "all-MiniLM-L6-v2"  # the competition's encoder, and the hub's sha256 o
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MODULES = re.compile(r"sentence_transformers\.([\w.]+\.)?(Transformer|Pooling|Normalize|Dense)|torch\.nn\.modules[\w.]*")
 SPLITS = "train", "val", "guard", "ood"
-PAIRS = {"image": pl.String, "prompt": pl.String, "split": pl.String, "group": pl.Int64, "origin": pl.String}
+PAIRS = {"image": pl.String, "prompt": pl.String, "split": pl.String, "group": pl.Int64, "weight": pl.Float64,
+         "source": pl.String, "origin": pl.String}
 SUMMARY = {"format": lambda v: v == FORMAT, "text_model": {"name": str, "sha256": str}, "hashes": dict,
            "recommend": dict, "args": {"split_threshold": lambda v: number(0, 1e9)(v)}}  # what is read again
+OF_DEMO = {"model": "timm:tf_efficientnet_lite0", "pretrained": "pypi", "image_size": 64,
+           "ft": {"lr": 3e-3, "epochs": 6}}  # what train.py does with the demo
 FACTS = {"file": lambda v: re.fullmatch(STORED, v), "bytes": int, "width": int, "height": int}  # of images/log.jsonl
 
 
@@ -255,7 +258,8 @@ def data_flaws(pairs, targets, summary):
     """What is not as clean.py writes it, or None, in an order in which nothing fails before it is told."""
     yield misfit(summary, SUMMARY, "summary.json")
     yield from (f"pairs.parquet: {k}" for k, kind in PAIRS.items() if pairs.schema.get(k) != kind)
-    yield from (f"pairs.parquet: {k}" for k in ("prompt", "split", "group") if pairs[k].null_count())
+    yield from (f"pairs.parquet: {k}" for k in ("prompt", "split", "group", "weight") if pairs[k].null_count())
+    yield None if pairs["weight"].is_between(1e-9, 1e9).all() else "pairs.parquet: weight"
     yield None if pairs["split"].is_in(SPLITS).all() else "pairs.parquet: split"
     yield None if pairs["image"].str.contains(f"^{STORED}$").all() else "pairs.parquet: image"  # or outside the folder
     array = isinstance(targets, np.ndarray) and targets.dtype == np.float32 and targets.ndim == 2  # a zip is none
@@ -1140,15 +1144,17 @@ def select_rows(left, x, store, args):
     return rule, leader, cosine, facts
 
 
-def split_groups(x, val_fraction, seed, threshold, ood):
-    """x: unit rows (N, D); ood (N,): mask of rows never trained on. -> group (N,), split (N,). Groups (a leader and all
-    that is near it) without ood rows go to val whole, at random, while they fit; training rows at cosine >= threshold
-    to a val or ood row become buffer rows, "guard"."""
+def split_groups(x, prompts, val_fraction, seed, threshold, ood):
+    """x: unit rows (N, D) of prompts; ood (N,): mask of rows never trained on. -> group (N,), split (N,). Groups (a
+    leader and all that is near it) without ood rows go to val whole, while they fit, by a hash of (seed, leader's
+    prompt), so that other rules, thresholds or inputs keep most of them there; training rows at cosine >= threshold to
+    a val or ood row become buffer rows, "guard"."""
     group, _ = keep_one(x, threshold)
     leaders, sizes = np.unique(group, return_counts=True)
     free = ~np.isin(leaders, group[ood])
     room, val = round(val_fraction * (~ood).sum()), []
-    for i in np.random.default_rng(seed).permutation(len(leaders)):
+    lots = [hashlib.blake2b(f"{seed} {prompts[i]}".encode(), digest_size=8).digest() for i in leaders]
+    for i in sorted(range(len(leaders)), key=lots.__getitem__):
         if sizes[i] <= room and free[i]:
             val.append(leaders[i])
             room -= sizes[i]
@@ -1158,6 +1164,25 @@ def split_groups(x, val_fraction, seed, threshold, ood):
     train, held = np.flatnonzero(split == "train"), x[split != "train"]
     split[train[top_k(x[train], held, 1)[0].max(1, initial=-1) >= threshold]] = "guard"
     return group, split
+
+
+def count_near(x, times, threshold, block=1024, span=16384):
+    """How many training rows have a cosine >= threshold to each unit row of x (N, D), of which row i stands for
+    times[i] training rows. -> (N,). Exact; costs 768 N^2 operations: docs/results.md"""
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    keys, found = x[times > 0], np.zeros(len(x), int)
+    matrix, times = torch.from_numpy(keys).to(device), torch.from_numpy(times[times > 0]).to(device)
+    for start in tqdm(range(0, len(x), block), "density", unit="block", disable=len(x) < 50 * block):
+        rows = torch.from_numpy(np.array(x[start:start + block])).to(device)
+        for at in range(0, len(keys), span):
+            cosine = rows @ matrix[at:at + span].T
+            near = cosine >= threshold
+            i, j = (abs(cosine - threshold) < 4e-6).nonzero(as_tuple=True)  # float32 errs by less
+            exact = pair_cosines(x[start + i.cpu().numpy()], keys[at + j.cpu().numpy()]) >= threshold
+            near[i, j] = torch.from_numpy(exact).to(device)
+            found[start:start + block] += (near * times[at:at + span]).sum(1).cpu().numpy()
+    return found
 
 
 # -------------------------------------------------------- sources
@@ -1728,6 +1753,9 @@ def parse_args(argv=None):
     g.add_argument("--val-fraction", type=float, default=0.05, help="share of rows for validation")
     g.add_argument("--split-threshold", type=float, default=0.7, help="no training row is so near to a val row")
     g.add_argument("--holdout-source", nargs="+", default=[], metavar="S", help="sources never trained on (split ood)")
+    g.add_argument("--val-from", metavar="DATA", help="data folder whose validation rows to take instead")
+    g.add_argument("--balance-threshold", type=float, default=0.5,
+                   help="a row's weight is 1 / number of training rows at this cosine to its prompt")
     g = p.add_argument_group("generation")
     g.add_argument("--generate", metavar="MODEL", help="draw missing images: a hub name or folder for diffusers")
     g.add_argument("--gen-steps", type=int, default=50, help="denoising steps")
@@ -1747,9 +1775,9 @@ def check_args(args):
         sys.exit("--generate: install the package it needs with: pip install diffusers")
     if Path(args.out).name in ("", "..") or Path(args.out).is_symlink():
         sys.exit(f"--out {args.out}: must name a new folder; a link, or the folder you are in, cannot be replaced")
-    for path in [*args.input, *args.exclude]:
+    for path in [*args.input, *args.exclude, *[args.val_from] * (args.val_from is not None)]:
         if not path or not Path(path).exists():  # Path("") is the folder you are in
-            sys.exit(f"{path or repr(path)}: no such file or folder; INPUT and --exclude are paths")
+            sys.exit(f"{path or repr(path)}: no such file or folder; INPUT, --exclude and --val-from are paths")
         path = Path(path)
         for out in (Path(f"{Path(args.out)}{end}").resolve() for end in ("", ".partial", ".old")):
             if out in (path.resolve(), *path.resolve().parents) or path.resolve() in out.parents:
@@ -1905,12 +1933,46 @@ def select(funnel, x, store, args):
                         width=made["width"], height=made["height"], origin="image")
 
 
+def divide(pairs, x, args):
+    """pairs, of which `at` is the row in x (N, D) -> the same with split, group, weight. By prompt: all images of one
+    are in one part."""
+    at, first, which = np.unique(pairs["at"], return_index=True, return_inverse=True)
+    given = (pairs["row"] < 0).to_numpy()  # to validation, by --val-from
+    ood = np.bincount(which, pairs["source"].is_in(args.holdout_source).to_numpy() | given) > 0
+    prompts, fraction = pairs["prompt"].gather(first).to_list(), 0 if args.val_from else args.val_fraction
+    group, split = split_groups(x[at], prompts, fraction, args.seed, args.split_threshold, ood)
+    split = np.where(given, "val", split[which])
+    times = np.bincount(which, split == "train").astype(int)
+    weight = 1 / count_near(x[at], times, args.balance_threshold).clip(1)[which]
+    weight /= weight[split == "train"].mean() if times.any() else 1
+    return pairs.with_columns(split=pl.Series(split.tolist(), dtype=pl.String), group=group[which], weight=weight)
+
+
+def read_val(args, n):
+    """--val-from -> its validation rows as select makes them, `row` -1, `at` from n on; their targets"""
+    folder = args.val_from
+    pairs, targets, summary = read_data(folder)
+    is_val = (pairs["split"] == "val").to_numpy()
+    pairs = pairs.filter(is_val)
+    if not len(pairs) or not args.text_only and not all(Path(folder, f or "?").is_file() for f in pairs["image"]):
+        sys.exit(f"--val-from {folder}: has no validation rows, or not all of their images")
+    if summary["text_model"] != find_encoder(args.text_model)[1]:
+        sys.exit(f"--val-from {folder}: its targets are {summary['text_model']['name']}'s; name that --text-model")
+    return pairs.with_columns(row=pl.lit(-1, pl.Int64), at=n + pl.int_range(pl.len())), np.array(targets[is_val])
+
+
+def copy_images(files, source, folder):
+    for file in files:
+        with atomic(folder / file, sync=False) as f:
+            f.write((source / file).read_bytes())
+
+
 def write_tables(folder, pairs, funnel, targets):
     where = pairs.select(kept="row", kept_prompt="prompt").with_row_index("at")
     gone = pl.concat(funnel.dropped).join(where, on="kept", how="left").join(funnel.rows, on="row", how="left")
     gone = gone.sort("row").with_columns(kept=pl.col("at").cast(pl.Int64))
     gone = gone.select("image", "prompt", "rule", "kept", "kept_prompt", "cosine", "source")
-    pairs = pairs.select("image", "prompt", "split", "group", "source", "width", "height", "origin")
+    pairs = pairs.select("image", "prompt", "split", "group", "weight", "source", "width", "height", "origin")
     for name, save in (("pairs.parquet", pairs.write_parquet), ("dropped.parquet", gone.write_parquet),
                        ("targets.npy", lambda f: np.save(f, targets))):
         save(buffer := io.BytesIO())
@@ -1954,7 +2016,8 @@ def main():
     excluded = [repair(read_table(p, None, args.prompt_col, ("prompt",))["prompt"]).drop_nulls() for p in args.exclude]
     unique = funnel.left["prompt"].unique(maintain_order=True)
     x = encode_cached(pl.concat([unique, *excluded]).to_list(), args.text_model, cache=cache)
-    x, excluded = x[:len(unique)], x[len(unique):]
+    val, y = read_val(args, len(unique)) if args.val_from else (None, x[:0])
+    x, excluded = x[:len(unique)], np.concatenate([x[len(unique):], y])
     at = pl.col("prompt").replace_strict(unique, pl.int_range(len(unique), eager=True), return_dtype=pl.Int64)
     funnel.left = funnel.left.with_columns(at=at, key=normalised(pl.col("prompt")).rank("dense"))
     if len(excluded):
@@ -1965,31 +2028,30 @@ def main():
         first = funnel.left.unique("key", keep="first", maintain_order=True)
         return report_thresholds(x[first["at"]], first["prompt"], args.threshold)
 
-    # duplicates and images, then the split, by prompt: all images of a prompt are in one part
+    # duplicates and images, then the split
     store = ImageStore(work, out, args.size, args.workers)
     pairs = select(funnel, x, store, args)
-    prompts, which = np.unique(pairs["at"], return_inverse=True)
-    ood = np.bincount(which, pairs["source"].is_in(args.holdout_source)) > 0
-    group, split = split_groups(x[prompts], args.val_fraction, args.seed, args.split_threshold, ood)
-    group, split, targets = group[which], split[which], x[pairs["at"]]
+    if args.val_from:
+        pairs, x = pl.concat([pairs, val.select(pairs.columns)]), np.concatenate([x, y])
+        copy_images(val["image"].drop_nulls(), Path(args.val_from), work)
+    pairs, targets = divide(pairs, x, args), x[pairs["at"]]
+    split = pairs["split"].to_numpy()
     sizes = {s: int((split == s).sum()) for s in ("train", "val", "guard", "ood")}
     if not sizes["val"] and args.val_fraction and not args.text_only:
         where = " outside --holdout-source" * bool(args.holdout_source)
-        sys.exit(f"no validation rows: the {(~ood[which]).sum():,} rows{where} are one group at cosine "
+        sys.exit(f"no validation rows: the {(split == 'train').sum():,} rows{where} are one group at cosine "
                  f"{args.split_threshold}; add other prompts, or raise --split-threshold")
     leak = top_k(targets[split == "train"], targets[np.isin(split, ["val", "ood"])], 1)[0].max(initial=-1)
 
     # the files; a folder without summary.json, the last, is not finished
     store.close(set(pairs["image"]))
-    pairs = pairs.with_columns(split=pl.Series(split.tolist(), dtype=pl.String), group=group)
     write_tables(work, pairs, funnel, targets)
     draw_funnel(funnel.steps, out.name, work / "funnel.png")
     for s in funnel.steps:
         print(f"  {s['rule']:<18} {'-{:,}'.format(s['removed']) if s['removed'] else '':>10}  {s['left']:>10,}")
     counts = " · ".join(f"{s} {n:,}" for s, n in sizes.items() if n or s != "ood")
     print(f"{counts} (guard: buffer rows, too near validation, not trained on) · max train-val cosine {leak:.5f}")
-    demo = {"model": "timm:resnet10t", "pretrained": "none", "image_size": 64, "ft": {"lr": 1e-3, "epochs": 12}}
-    recommend = {"model": "ViT-L-14", "pretrained": "openai"} if args.input else demo  # for train.py without --model
+    recommend = {"model": "ViT-L-14", "pretrained": "openai"} if args.input else OF_DEMO
     hashes = {"pairs": sha256(work / "pairs.parquet"), "targets": sha256(work / "targets.npy")}
     with atomic(work / "summary.json", "w") as f:
         json.dump({"format": FORMAT, "rows": len(pairs), "split": sizes, "max_train_val_cosine": float(leak),

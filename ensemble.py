@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from clean import FEW_ROWS, chart_label, check_rows, make_parser, print_next, require, run, sweep, warn_few
-from predict import (TTAModel, claim, describe, find_rows, mean_and_error, order_for, predict, read_preds,
-                     read_validation, write_all, write_preds, write_submission)
-from train import find_checkpoint, load_model, pick_device, save_model
+from predict import (OF_ROWS, TTAModel, claim, describe, find_rows, mean_and_error, measures, order_for, predict,
+                     read_preds, read_validation, write_all, write_preds, write_submission)
+from train import MEASURES, find_checkpoint, load_model, measures_of, pick_device, save_model
 
 BLOCK = 4096  # rows at a time: memory is the members and little else
 FOLDS = 5  # of the cross-validation, by group
 SOUP = "best.safetensors", "metrics.jsonl"
+RATED = "ids", "weight", "source"  # what measures of rows depend on
 
 
 def key_of(preds):
@@ -41,7 +42,7 @@ def group_files(folder):
             print(f"left out: {e}")
             continue
         if m["run"] != "ensemble":
-            keys[name], known = key_of(m), sum(m[k] is not None for k in ("targets", "groups"))
+            keys[name], known = key_of(m), sum(m[k] is not None for k in ("targets", "weight"))
             key = known, m["embeddings"].shape[1], frozenset(m["ids"].tolist())
             groups.setdefault(key, []).append(name)
     if not groups:
@@ -61,9 +62,9 @@ def group_files(folder):
 
 
 def load_members(names):
-    """Predictions joined by id -> dict: ids, x [M unit (N, D)], runs, keys [(checkpoint or run, views)], targets,
-    groups, trained (N,): rows whose prompts a member was trained on"""
-    ids, truth, groups, trained, x, runs, keys = None, None, None, False, [], [], []
+    """Predictions joined by id -> dict: ids, x [M unit (N, D)], runs, keys [(checkpoint or run, views)], names, targets,
+    and OF_ROWS (N,), of which trained says whose prompts any member was trained on"""
+    ids, truth, about, x, runs, keys = None, None, {"trained": False}, [], [], []
     for name in names:  # one file at a time: the targets that each carries are not held
         m = read_preds(name)
         ids = ids or m["ids"].tolist()
@@ -76,11 +77,12 @@ def load_members(names):
             truth = targets if truth is None else truth
             if (targets - truth).abs().max() > 1e-3:
                 sys.exit(f"{name}: targets differ from those of a member before it")
-            groups = m["groups"][order] if groups is None and m["groups"] is not None else groups
-            trained = trained if m["trained"] is None else m["trained"][order] | trained
+            about = {k: m[k][order] for k in OF_ROWS if m[k] is not None} | about
+            about["trained"] = about["trained"] | (False if m["trained"] is None else m["trained"][order])
         runs.append(m["run"])
         keys.append(key_of(m))
-    return {"ids": ids, "x": x, "runs": runs, "keys": keys, "targets": truth, "groups": groups, "trained": trained}
+    about = {**dict.fromkeys(OF_ROWS), **about}
+    return {"ids": ids, "x": x, "runs": runs, "keys": keys, "names": names, "targets": truth, **about}
 
 
 def partner(key, fit_keys):
@@ -117,13 +119,14 @@ def cosines(w, a, g):
     return (a @ w) / (g @ torch.outer(w, w).flatten()).clamp_min(1e-12).sqrt()
 
 
-def fit(a, g, steps=100):
-    """Weights (M,) >= 0 that sum to 1 and maximise the mean cosine, as squares by L-BFGS."""
+def fit(a, g, rows=None, steps=100):
+    """Weights (M,) >= 0 that sum to 1 and maximise the mean cosine, by weights of rows (N,), as squares by L-BFGS."""
+    rows = torch.ones(len(a)) if rows is None else rows
     v = torch.ones(a.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([v], max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
     def closure():
         optimizer.zero_grad()
-        loss = -cosines(v.square(), a, g).mean()
+        loss = -(rows @ cosines(v.square(), a, g)) / rows.sum()
         loss.backward()
         return loss
     optimizer.step(closure)
@@ -141,11 +144,11 @@ def folds_of(groups, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).permutation(len(names))[index] % min(FOLDS, len(names)))
 
 
-def cross_validate(fold, a, g):
+def cross_validate(fold, a, g, rows=None):
     """Cosine of every row under weights that were learned without its fold -> (N,)"""
-    out = torch.zeros(len(fold))
+    rows, out = torch.ones(len(a)) if rows is None else rows, torch.zeros(len(fold))
     for k in fold.unique():
-        out[fold == k] = cosines(fit(a[fold != k], g[fold != k]), a[fold == k], g[fold == k])
+        out[fold == k] = cosines(fit(a[fold != k], g[fold != k], rows[fold != k]), a[fold == k], g[fold == k])
     return out
 
 
@@ -162,9 +165,10 @@ def parse_weights(text, models):
     return (w / w.abs().sum()).float()
 
 
-def choose_weights(report, val, text):
+def choose_weights(report, val, text, select_by):
     """What members, average and learned weights are worth where targets are known, printed and put into `report`.
-    -> weights (M,), what they are: learned only if they win by two standard errors in cross-validation."""
+    -> weights (M,), what they are: learned only if they win by two standard errors in cross-validation, by the measure
+    `select_by`, where the rows have weights."""
     models, members = len(val["x"]), report["members"]
     weights, used = parse_weights(text, models), "fixed"
     if weights is None:
@@ -175,33 +179,39 @@ def choose_weights(report, val, text):
         return weights, used
     a, g = gram(val["x"], val["targets"])
     groups = np.arange(len(a)) if val["groups"] is None else val["groups"]
+    kinds = measures({k: val[k] for k in RATED})
+    kind = select_by if select_by in kinds else "cosine"
+    rows = kinds[kind]
     if np.any(val["trained"]):
         new = ~val["trained"]
         print(f"{(~new).sum():,} rows whose prompts were trained on count for nothing here")
-        a, g, groups = a[new], g[new], groups[new]
+        a, g, groups, rows = a[new], g[new], groups[new], rows[new]
     n, plain = len(a), cosines(weights, a, g)
-    report |= {"n": n, used: mean_and_error(plain)}
-    for member, c in zip(members, a.unbind(1)):
-        member["cosine"], member["se"] = mean_and_error(c)
-        print(f"{member['name']}  {describe(c)}")
-    print(f"{'plain average' if used == 'uniform' else 'fixed weights'}  {describe(plain)}  (n = {n:,})")
+    report |= {"n": n, used: mean_and_error(plain, groups, rows), "measure": kind, "scored_on": val["names"]}
+    print(f"mean {kind} over the {n:,} rows of {', '.join(val['names'])}:")
+    for member, name, c in zip(members, val["names"], a.unbind(1)):
+        member["cosine"], member["se"] = mean_and_error(c, groups, rows)
+        print(f"{Path(name).stem}  {describe(c, groups, rows)}")
+    label = "plain average" if used == "uniform" else "fixed weights"
+    print(f"{label}  {describe(plain, groups, rows)}  (n = {n:,})")
     warn_few(n)
     fold = folds_of(groups)
     if text == "learned" and models > 1 and fold.any():
-        learned = cross_validate(fold, a, g)
-        report |= {"learned": mean_and_error(learned), "gain": mean_and_error(learned - plain)}
+        rows = torch.from_numpy(rows).float()
+        learned = cross_validate(fold, a, g, rows)
+        report |= {k: mean_and_error(v, groups, rows) for k, v in (("learned", learned), ("gain", learned - plain))}
         gain, error = report["gain"]
         pays = n >= FEW_ROWS and gain > 2 * error
-        weights, used = (fit(a, g), "learned") if pays else (weights, used)
+        weights, used = (fit(a, g, rows), "learned") if pays else (weights, used)
         gains = f"{fold.max() + 1} folds by group; over plain {gain:+.5f} ± {error:.5f}"
-        print(f"learned weights  {describe(learned)}  ({gains})")
+        print(f"learned weights  {describe(learned, groups, rows)}  ({gains})")
         print(f"used: {used} weights, because the learned ones {'beat' if pays else 'do not beat'} the plain average "
               f"by two standard errors over at least {FEW_ROWS} rows")
     for m, member in enumerate(members) if models > 1 else ():
         kept = [i for i in range(models) if i != m]
         rest = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
-        w = fit(*rest) if used == "learned" else weights[kept] if weights[kept].any() else torch.ones(models - 1)
-        member["leave_one_out"] = float(cosines(weights, a, g).mean() - cosines(w, *rest).mean())
+        w = fit(*rest, rows) if used == "learned" else weights[kept] if weights[kept].any() else torch.ones(models - 1)
+        member["leave_one_out"] = mean_and_error(cosines(weights, a, g) - cosines(w, *rest), None, rows)[0]
         print(f"{member['name']}: weight {weights[m]:.3f}, the average loses {member['leave_one_out']:+.5f} without it")
     return weights, used
 
@@ -220,7 +230,7 @@ def draw(file, report):
             ax.annotate(f"{value:.4f} ± {error:.4f}", (value, y), (0, 6), textcoords="offset points", ha="center")
         low, high = (scores[:, 0] - scores[:, 1]).min(), scores.sum(1).max()
         pad = max(0.05 - (high - low), 0.4 * (high - low)) / 2  # never so narrow that noise looks like a difference
-        ax.set(xlim=(low - pad, high + pad), xlabel=f"mean cosine ± standard error (n = {report['n']:,})")
+        ax.set(xlim=(low - pad, high + pad), xlabel=f"mean {report['measure']} ± standard error (n = {report['n']:,})")
     else:
         bars = ax.barh(range(len(members)), [m["weight"] for m in members], color="#0072B2")
         ax.bar_label(bars, fmt="%.3f", padding=5)
@@ -232,13 +242,15 @@ def draw(file, report):
     return ax.figure
 
 
-def make_soup(runs, checkpoints, best_path, log_path, locks):
-    """Greedy model soup (arXiv 2203.05482): from the best run on, each joins if validation gains."""
+def make_soup(runs, checkpoints, best_path, log_path, locks, select_by):
+    """Greedy model soup (arXiv 2203.05482): from the best run on, each joins if validation, by `select_by`, gains."""
     models, metas = zip(*map(load_model, checkpoints))
     for path, meta in zip(checkpoints, metas):
         if wrong := [k for k in ("backbone", "head", "dim", "text_model", "data_hashes") if meta[k] != metas[0][k]]:
             sys.exit(f"{path}: another {wrong[0]} than {checkpoints[0]}; a soup needs the same")
-    _, paths, targets, unchanged = read_validation(metas[0])
+    pairs, paths, targets, unchanged = read_validation(metas[0])
+    kinds = {name: torch.from_numpy(w) for name, w in measures_of(pairs).items()}
+    kind = f"val_{select_by}" if f"val_{select_by}" in kinds else "val_cosine"
     if not unchanged:
         sys.exit(f"{metas[0]['data']}: has changed since the training; a soup needs its validation rows")
     scorer, states = TTAModel(checkpoints[0], "auto", pick_device()), [m.state_dict() for m in models]
@@ -247,20 +259,23 @@ def make_soup(runs, checkpoints, best_path, log_path, locks):
     def validate(some):
         scorer.model.load_state_dict(mix(some))
         y, _ = predict(scorer, paths, ["image"], SimpleNamespace(batch_size=64, workers=2))
-        return float((y * targets).sum(1).mean())
+        scores = torch.from_numpy((y * targets).sum(1)).double()
+        return {name: float(w @ scores) for name, w in kinds.items()}
     alone = [validate([i]) for i in range(len(runs))]
-    order = sorted(range(len(runs)), key=lambda i: -alone[i])
+    order = sorted(range(len(runs)), key=lambda i: -alone[i][kind])
     chosen, best = order[:1], alone[order[0]]
+    print(f"mean {kind[4:]} over the {len(paths):,} validation rows of {metas[0]['data']}:")
     for i in order[1:]:
         score = validate([*chosen, i])
-        joins = score > best
+        joins = score[kind] > best[kind]
+        print(f"{alone[i][kind]:.4f} alone, {score[kind]:.4f} with those above "
+              f"({'joins' if joins else 'stays out'})  {runs[i]}")
         chosen, best = ([*chosen, i], score) if joins else (chosen, best)
-        print(f"{alone[i]:.4f} alone, {score:.4f} with those above ({'joins' if joins else 'stays out'})  {runs[i]}")
-    print(f"best alone {alone[order[0]]:.4f} {runs[order[0]]} · average of all {len(runs)} {validate(order):.4f} · "
-          f"greedy soup of {len(chosen)} {best:.4f} (n = {len(paths)})")
+    print(f"best alone {alone[order[0]][kind]:.4f} {runs[order[0]]} · average of all {len(runs)} "
+          f"{validate(order)[kind]:.4f} · greedy soup of {len(chosen)} {best[kind]:.4f} (n = {len(paths)})")
     models[0].load_state_dict(mix(chosen))
-    meta = metas[0] | {"phase": "ft", "val_cosine": best, "soup": [runs[i] for i in chosen]}
-    log = json.dumps({"step": 0, "val_cosine": best, "done": True}) + "\n"
+    meta = metas[0] | {"phase": "ft", **best, "soup": [runs[i] for i in chosen]}
+    log = json.dumps({"step": 0, **best, "done": True}) + "\n"
     sweep(Path(best_path).parent, f".{SOUP[0]}")  # save_model writes beside f.name, as atomic does
     write_all(locks, {best_path: lambda f: save_model(models[0], meta, f.name),
                       log_path: lambda f: f.write(log.encode())})
@@ -272,6 +287,7 @@ def parse_args(argv=None):
     p.add_argument("preds", nargs="*", help="npz files or Kaggle CSVs; none = every npz in preds/ but ensembles")
     p.add_argument("--fit", nargs="+", help="predictions of the same runs with known targets; unset = the members")
     p.add_argument("--weights", default="learned", help="learned (used where they pay), uniform, or fixed: A,B,...")
+    p.add_argument("--select-by", choices=MEASURES, default="both", help="mean that weights and soups are chosen by")
     p.add_argument("--soup", nargs="+", metavar="RUN", help="average the weights of these runs instead, greedily")
     p.add_argument("--out", help="file to write, with .json and .png; unset = preds/ensemble.npz, or runs/soup")
     p.add_argument("--submission", help="Kaggle CSV to write")
@@ -286,7 +302,7 @@ def main():
     if args.soup:
         checkpoints, paths = [find_checkpoint(r) for r in args.soup], [f"{out}/ft/{n}" for n in SOUP]
         with claim(paths, args.overwrite, checkpoints) as locks:
-            return make_soup(args.soup, checkpoints, *paths, locks)
+            return make_soup(args.soup, checkpoints, *paths, locks, args.select_by)
     names = args.preds
     if not names:
         names, found = group_files("preds")
@@ -308,18 +324,24 @@ def combine(args, names, out, json_path, png_path, submission, locks):
             sys.exit(f"--fit {' '.join(args.fit)}: no targets there; make them with: python predict.py")
     report = {"members": [{"name": Path(name).stem, "file": name, "run": run, "views": list(views)}
                           for name, (run, views) in zip(names, test["keys"])]}
-    weights, report["used"] = choose_weights(report, val, args.weights)
+    weights, report["used"] = choose_weights(report, val, args.weights, args.select_by)
 
     embeddings = average(test["x"], weights).numpy()
+    if args.fit and test["targets"] is not None and not np.all(test["trained"]):  # the average where it was not learned
+        own, groups = (test["targets"].numpy() * embeddings).sum(1), test["groups"]
+        new = ~np.broadcast_to(test["trained"], len(own))
+        scores = mean_and_error(own[new], None if groups is None else groups[new])
+        report["output"] = {"cosine": scores[0], "se": scores[1], "n": int(new.sum())}
+        print(f"this average, on the {new.sum():,} rows of {', '.join(names)}: "
+              f"cosine {scores[0]:.4f} ± {scores[1]:.4f}")
     report["members"] = [member | {"weight": w} for member, w in zip(report["members"], weights.tolist())]
     check_rows(embeddings, f"--weights {args.weights}")
     write_all(locks, {
         submission: lambda f: write_submission(f, test["ids"], embeddings, order),
         json_path: lambda f: f.write(json.dumps(report, indent=1).encode()),
         png_path: lambda f: draw(f, report),
-        str(out): lambda f: write_preds(f, ids=test["ids"], embeddings=embeddings, targets=test["targets"],
-                                        groups=test["groups"], run="ensemble", views=names,
-                                        trained=test["trained"] if np.any(test["trained"]) else None)})
+        str(out): lambda f: write_preds(f, ids=test["ids"], embeddings=embeddings, run="ensemble", views=names,
+                                        **{k: test[k] for k in ("targets", *OF_ROWS) if test[k] is not False})})
     print(f"{len(test['ids']):,} images, {report['used']} weights")
     best = test["runs"][int(weights.argmax())]
     if test["targets"] is not None and os.path.exists(best):

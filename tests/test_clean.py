@@ -31,7 +31,7 @@ from PIL import Image
 
 import clean
 import demo
-from conftest import ODD_NAME, ROOT, SHARED, chart_texts, needs_shared, png, put, unit
+from conftest import ODD_NAME, ROOT, SHARED, chart_texts, command, needs_shared, png, put, unit
 
 
 def prompts(n):  # six words of their own each, so no encoder finds them alike
@@ -410,16 +410,58 @@ def test_unusable_rows_are_dropped_as_if_never_there(seed, n, k):
 
 def test_split_never_leaks():
     rng = np.random.default_rng(0)
-    x, ood = clusters(rng, 800, 16, .35, 300), rng.random(800) < .1
+    x, ood, names = clusters(rng, 800, 16, .35, 300), rng.random(800) < .1, [f"prompt {i}" for i in range(800)]
     for seed, threshold in (0, .7), (1, .7), (2, .8):
-        group, split = clean.split_groups(x, .1, seed, threshold, ood)
+        group, split = clean.split_groups(x, names, .1, seed, threshold, ood)
         (leaders, exact), held = greedy(x, threshold), (split == "val") | (split == "ood")
         assert exact[split == "train"][:, held].max() < threshold
         assert exact[split == "guard"][:, held].max(1).min() >= threshold, "no row is set aside without a reason"
         assert ((split == "ood") == ood).all() and 0 < (split == "val").sum() <= round(.1 * (~ood).sum())
         assert np.unique(group).tolist() == leaders
         assert not np.isin(group[split == "val"], group[split != "val"]).any(), "groups stay whole"
-        assert [(clean.split_groups(x, .1, s, threshold, ood)[1] == split).all() for s in (seed, 9)] == [True, False]
+        assert [(clean.split_groups(x, names, .1, s, threshold, ood)[1] == split).all() for s in (seed, 9)] == [True, False]
+
+
+def test_count_near_is_exact():
+    """In blocks of any size, with a cosine that is the threshold to the last bit, and rows that stand for several."""
+    x, times = clusters(np.random.default_rng(1), 300, 8, .4, 60), np.random.default_rng(2).integers(0, 4, 300)
+    exact = x.astype(np.float64) @ x.T.astype(np.float64)
+    for threshold in (.5, float(clean.pair_cosines(x[:1], x[1:2])[0])):
+        counts = (exact >= threshold) @ times
+        for block, span in (1024, 16384), (7, 13):
+            assert (clean.count_near(x, times, threshold, block, span) == counts).all()
+    assert not clean.count_near(x, times * 0, .5).any()
+
+
+def test_weights_and_a_validation_that_stays(raw, tmp_path):
+    """`weight` is 1 / number of training rows near the prompt, of mean 1 over them. Other thresholds and another order of
+    rows keep most of the validation prompts; --val-from takes exactly another folder's, and nothing near them trains."""
+    table = pl.read_csv(raw / "prompts.csv").select(pl.concat_str(pl.lit(f"{raw}/"), "image").alias("image"), "prompt")
+    table.write_csv(tmp_path / "a.csv")
+    table.sample(fraction=1, shuffle=True, seed=1).write_csv(tmp_path / "b.csv")
+    made = {}
+    for name, flags in (("a", []), ("b", ["--threshold", .8, "--balance-threshold", .6]),
+                        ("c", ["--val-from", tmp_path / "a", "--threshold", .8, "--seed", 3])):
+        command("clean.py", tmp_path / f"{'a' if name == 'a' else 'b'}.csv", "--out", tmp_path / name, "--size", 32,
+                "--val-fraction", .2, "--workers", 1, *flags)
+        made[name] = pairs, targets, _ = clean.read_data(tmp_path / name)
+        train, x = (pairs["split"] == "train").to_numpy(), targets.astype(np.float64)
+        near = (x @ x[train].T >= (.6 if name == "b" else .5)).sum(1).clip(1)
+        assert np.allclose(pairs["weight"], 1 / near / (1 / near[train]).mean())
+        assert (x[train] @ x[(pairs["split"] == "val").to_numpy()].T).max() < .7
+    (a, x, _), (b, *_), (c, z, _) = made.values()
+    val = {name: set(p.filter(split="val")["prompt"]) for name, (p, *_) in made.items()}
+    assert len(val["a"] & val["b"]) > .7 * len(val["a"]), "a permutation would keep a fifth"
+    same = ["image", "prompt", "source", "width", "height", "origin"]
+    assert a.filter(split="val").select(same).equals(c.filter(split="val").select(same))
+    assert (x[(a["split"] == "val").to_numpy()] == z[(c["split"] == "val").to_numpy()]).all()
+    for image in c["image"]:
+        assert (tmp_path / "c" / image).is_file()
+    gone = pl.read_parquet(tmp_path / "c/dropped.parquet").filter(rule="excluded")
+    assert val["c"] <= set(gone["prompt"]) and gone["cosine"].min() >= .7
+    for other, word in ((raw, "not a finished"), (tmp_path / "none", "no such file"), (tmp_path / "c", "overlaps")):
+        done = command("clean.py", tmp_path / "a.csv", "--out", tmp_path / "c", "--val-from", other, "--overwrite", ok=False)
+        assert word in done.stderr
 
 
 @settings(max_examples=60, deadline=None)

@@ -94,7 +94,7 @@ def test_cross_validation_never_sees_its_rows(monkeypatch):
     fold = ensemble.folds_of(groups)
     assert all(len(fold[groups == g].unique()) == 1 for g in range(40)) and len(fold.unique()) == 5
     rows = torch.arange(len(fold))[:, None]  # stands in for cosines and inner products
-    monkeypatch.setattr(ensemble, "fit", lambda a, g: seen.append(set(a[:, 0].tolist())) or len(seen) - 1)
+    monkeypatch.setattr(ensemble, "fit", lambda a, g, rows: seen.append(set(a[:, 0].tolist())) or len(seen) - 1)
     monkeypatch.setattr(ensemble, "cosines", lambda w, a, g: torch.tensor([1. + (int(r) in seen[w]) for r in a]))
     assert (ensemble.cross_validate(fold, rows, rows) == 1).all()
     assert [len(s) for s in seen] == [int((fold != k).sum()) for k in range(5)], "all other folds, once each"
@@ -119,14 +119,14 @@ def test_chart():
     """Every score with its error, on an axis that does not make noise look like a difference; else weights from 0."""
     members = [{"name": name, "weight": w, "cosine": 0.7 + w / 1000, "se": 1e-4}
                for name, w in (("a", -0.25), (ODD_NAME, 0.75))]
-    report = {"members": members, "used": "uniform", "n": 1234, "uniform": [0.701, 2e-4], "learned": [0.702, 3e-4]}
+    report = {"members": members, "used": "uniform", "n": 1234, "measure": "both", "uniform": [0.701, 2e-4], "learned": [0.702, 3e-4]}
     for spread in (0, 0.5):
         report["learned"][0] += spread
         said = chart_texts(figure := ensemble.draw(io.BytesIO(), report))
         low, high = figure.axes[0].get_xlim()
         assert high - low > 0.0499 and low < 0.699 < report["learned"][0] + 0.001 < high
         assert {"0.6997 ± 0.0001", "0.7010 ± 0.0002", f"{0.702 + spread:.4f} ± 0.0003", "plain average",
-                "mean cosine ± standard error (n = 1,234)", "a  (weight -0.250)"} < set(said)
+                "mean both ± standard error (n = 1,234)", "a  (weight -0.250)"} < set(said)
     said = chart_texts(figure := ensemble.draw(io.BytesIO(), {"members": members, "used": "fixed"}))
     assert [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches] == [(0, -0.25), (0, 0.75)]
     assert {"weight", "used: fixed weights", "0.750"} < set(said)
@@ -182,6 +182,38 @@ def test_fit_is_matched_by_run(known, write, go):
     go(*files, *fit[:3], fails="--fit: 0 files .* test2.npz")
     go("theirs.csv", "--fit", "val/theirs.csv", fails="no targets there")
     assert "no targets known" in go(*files).printed
+
+
+def test_scores_name_their_rows(known, write, go):
+    """With --fit the members' scores are those of the --fit files, and the average is scored on its own rows."""
+    val, (y, xs) = write("val"), known
+    for m in range(2):
+        predict.write_preds(f"test{m}.npz", ids=np.array(names(range(N))), embeddings=xs[m + 1], targets=y, run="other",
+                            checkpoint=f"{m:016x}", groups=np.arange(N) // 2)
+    done = go("test0.npz", "test1.npz", "--fit", *val[:2])
+    assert f"mean cosine over the {N} rows of {val[0]}, {val[1]}:\nm0  0." in done.printed
+    assert done.scored_on == val[:2] and far(done.members[0]["cosine"], (xs[0] * y).sum(1).mean()) < 1e-5
+    own = predict.mean_and_error((done.embeddings * y).sum(1), np.arange(N) // 2)
+    assert f"on the {N} rows of test0.npz, test1.npz: cosine {own[0]:.4f} ± {own[1]:.4f}" in done.printed
+    assert far([done.output["cosine"], done.output["se"]], own) < 1e-5
+    assert "output" not in vars(go(*val))
+
+
+def test_rows_count_by_their_weight(known, write, go):
+    """Where validation rows carry weights, the mean by --select-by learns; what has no weights uses the plain mean."""
+    y, xs = known
+    half = np.arange(N) < N // 2  # the first member is good on one half, the second on the other
+    xs = [np.where(half[:, None], xs[0], xs[3]), np.where(half[:, None], xs[3], xs[0])]
+    heavy = np.where(half, 100.0, 1.0)
+    for m, x in enumerate(xs):
+        predict.write_preds(f"w{m}.npz", ids=np.array(names(range(N))), embeddings=x, targets=y, run=f"r{m}",
+                            groups=np.arange(N), weight=heavy, source=np.array(["a", *["b"] * (N - 1)]))
+    even, uneven = go("w0.npz", "w1.npz", "--select-by", "cosine"), go("w0.npz", "w1.npz", "--select-by", "balanced")
+    assert uneven.used == "learned" and uneven.weights[0] > 0.9 and abs(even.weights[0] - 0.5) < 0.1
+    assert far(uneven.members[0]["cosine"], np.average((xs[0] * y).sum(1), weights=heavy)) < 1e-5
+    assert "mean balanced over" in uneven.printed and (uneven.measure, even.measure) == ("balanced", "cosine")
+    assert go("w0.npz", "w1.npz").measure == "both" and go("w0.npz", "--select-by", "sources").measure == "sources"
+    assert far(uneven.weight, heavy) == 0 and go(*write("plain")).measure == "cosine"
 
 
 def test_preds_are_grouped_by_ids(known, write, go):

@@ -25,7 +25,8 @@ def test_end_to_end(trained, tmp_path):
         done = command("predict.py", "--run", trained, "--tta", n, "--workers", 1, "--precision", "fp32", cwd=tmp_path)
         assert re.search(r"^val cosine 0\.\d{4} ± 0\.\d{4} \(n = 40\); constant baseline 0\.\d{4}$", done.stdout, re.M)
     one, two = (predict.read_preds(tmp_path / f"preds/tiny-ft-tta{n}.npz") for n in (1, 2))
-    assert abs((one["embeddings"] * one["targets"]).sum(1).mean() - ft[-1]["best"]) < 1e-4, "what training measured"
+    measured = predict.measures({k: one[k] for k in ("ids", "weight", "source")})["both"]
+    assert abs((one["embeddings"] * one["targets"]).sum(1) @ measured - ft[-1]["best"]) < 1e-4, "what training measured"
     assert (one["ids"] == two["ids"]).all() and np.abs(one["embeddings"] - two["embeddings"]).max() > 1e-4
     assert "plain average" in command("ensemble.py", "--submission", "s.csv", cwd=tmp_path).stdout
     assert len(predict.read_submission(tmp_path / "s.csv")[0]) == 40

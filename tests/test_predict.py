@@ -172,8 +172,13 @@ def test_known_prompts_are_targets(go, raw, data, images, monkeypatch):
     train = np.load(data / "targets.npy")[(pl.read_parquet(data / "pairs.parquet")["split"] == "train").to_numpy()]
     trained, cosines = (table.targets @ train.T).max(1) >= 0.7, (table.embeddings * table.targets).sum(1)
     assert (table.trained == trained).all() and 100 < trained.sum() < 190 and len(table.ids) == 200
+    leader = np.arange(200)  # greedily, by cosine 0.7: the groups of the standard errors
+    for i in range(200):
+        near = [j for j in range(i) if leader[j] == j and table.targets[i] @ table.targets[j] >= 0.7]
+        leader[i] = max(near, key=lambda j: table.targets[i] @ table.targets[j], default=i)
+    assert (table.groups == leader).all() and table.weight is None
     for name, rows in ("trained-on", trained), ("other", ~trained):
-        assert f"\n{name} prompts: cosine {cosines[rows].mean():.4f} ± " in table.out
+        assert f"\n{name} prompts: cosine {predict.describe(cosines[rows], table.groups[rows])} (n" in table.out
         assert f"(n = {rows.sum()});" in table.out
         assert f"{name} prompts: mean cosine</dt><dd>{cosines[rows].mean():.4f} ± " in Path("r.html").read_text()
     assert Path("r.html").read_text().count(">trained on this prompt<") == trained.sum()
@@ -185,6 +190,20 @@ def test_known_prompts_are_targets(go, raw, data, images, monkeypatch):
     assert go(shutil.make_archive("fewer", "zip", "in")).targets is None
     monkeypatch.setattr(predict, "has_data", lambda _: False)
     assert "may have been trained on" in (gone := go(raw / "prompts.csv")).err and gone.trained is None
+
+
+def test_standard_errors_are_clustered():
+    """By groups: rows three times over tell no more than once. A row of weight 2 counts as two rows of its group."""
+    rng = np.random.default_rng(0)
+    c, groups = rng.standard_normal(50), rng.integers(0, 20, 50)
+    assert far(predict.mean_and_error(c), [c.mean(), c.std(ddof=1) / 50 ** 0.5]) < 1e-12
+    assert predict.mean_and_error([0.5]) == [0.5, 0]
+    assert far(predict.mean_and_error(c.repeat(3), np.arange(150) // 3), predict.mean_and_error(c)) < 1e-12
+    w = rng.integers(1, 4, 50)
+    assert far(predict.mean_and_error(c, groups, w), predict.mean_and_error(c.repeat(w), groups.repeat(w))) < 1e-12
+    spread = [predict.mean_and_error(rng.standard_normal(20)[groups], groups) for _ in range(2000)]  # of known truth
+    means, errors = np.transpose(spread)
+    assert 0.9 < errors.mean() / means.std() < 1.05, "a standard error is the spread of the mean"
 
 
 def test_which_weights(tmp_path):
@@ -244,7 +263,7 @@ def test_damaged_predictions_are_one_line(tmp_path, monkeypatch):
                         "embeddings": (
             np.full_like(x, np.nan), x.astype(str), x[:1], x[0], x * 0, x * [[1], [0]],
             x.astype(float) * 1e300, x[:, :0], np.ones((2, 5000))),
-            "groups": ([1], [[1], [2]], [{}, 1]), "run": (["a"] * 2000, 1, "a" * 5000)}.items():
+            "groups": ([1], [[1], [2]], [{}, 1]), "weight": ([1.], [0., 1], [np.nan, 1]), "run": (["a"] * 2000, 1, "a" * 5000)}.items():
         for i, value in enumerate(values):
             np.savez(f"{key}{i}.npz", **{"ids": ids, "embeddings": x, key: np.array(value)})
     for i, odd in enumerate((["a" * 5000, "b"], ["\ud800", "b"])):

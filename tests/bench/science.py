@@ -1,8 +1,10 @@
 """
-The LP-FT table of docs/results.md: which of train.py's switches earn their place on real pairs, in distribution and on
-sources never trained on (clean.py --holdout-source).
-$ python tests/bench/science.py --data data/pairs-ood --model timm:mobilenetv2_100 --pretrained WEIGHTS
-Every row is one train.py command run with several seeds; best epoch by val, "ood" is read off at that epoch.
+The accuracy tables of docs/results.md: lp, cold ft and LP-FT x --balance x --select-by, with what needs no training
+beside them, in distribution and on sources never trained on (clean.py --holdout-source).
+$ python tests/bench/science.py --drawn                   # the demo with two of its styles as ood; anybody can run it
+$ python tests/bench/science.py --data data/pairs-ood --model timm:mobilenetv2_100 --pretrained WEIGHTS --image-size 96
+Every row is train.py at several seeds. The learning rate is the one that scores best by val at seed 0 where every row
+counts the same; the epoch, and raw or EMA weights, are the best by --select-by. "ood" is only read off there.
 """
 import argparse
 import json
@@ -10,58 +12,116 @@ import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import polars as pl
+
 ROOT = Path(__file__).resolve().parents[2]
-FT = "--phase ft --epochs 6 --warmup 10 --batch-size 32 --lr"
-ROWS = {  # name: (where it starts, its flags, the weights that are scored)
-    "lp": (None, "--phase lp", "raw"),
-    "lp, hflip 0.5": (None, "--phase lp --hflip 0.5", "raw"),
-    "cold ft, lr 1e-4": ("none", f"{FT} 1e-4", "raw"),
-    "cold ft, lr 1e-3": ("none", f"{FT} 1e-3", "raw"),
-    "LP-FT, lr 1e-4": ("lp", f"{FT} 1e-4", "raw"),
-    "LP-FT, lr 1e-3": ("lp", f"{FT} 1e-3", "raw"),
-    "+ EMA 0.9998": ("lp", f"{FT} 1e-3", "ema"),
-    "+ hflip 0.5": ("lp", f"{FT} 1e-3 --hflip 0.5", "raw"),
-    "+ MixGen 0.25": ("lp", f"{FT} 1e-3 --mixgen 0.25", "raw"),
-    "+ layer decay 0.8": ("lp", f"{FT} 1e-3 --layer-decay 0.8", "raw"),
-}
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+LITE = "--model timm:tf_efficientnet_lite0 --pretrained pypi --image-size 64"
+FT = "--phase ft --warmup 10 --batch-size"
+MEASURES = "val_cosine", "val_balanced", "val_sources", "ood_cosine"
 
 
-def run(name, seed, args, model):
-    """One row of the table at one seed, unless it is there already -> its phase folder."""
-    start, flags, _ = ROWS[name]
-    out, phase = Path(args.out) / f"{start or ''}{flags.replace(' ', '')}-{seed}", flags.split()[1]
-    if not (out / phase / "metrics.jsonl").is_file() or '"done"' not in (out / phase / "metrics.jsonl").read_text():
+def draw_data(out):
+    """The demo with its styles as sources, two of them held out -> data folder"""
+    from demo import STYLES, draw_demo
+    raw = draw_demo(Path("data/demo-raw"))
+    table = pl.read_csv(raw).with_columns(image="demo-raw/" + pl.col("image"), source=pl.col("prompt").str.to_lowercase()
+                                          .str.extract(f"({'|'.join(STYLES)})").fill_null("no style"))
+    table.drop("rule").write_csv("data/demo-styles.csv")
+    subprocess.run([sys.executable, "clean.py", "data/demo-styles.csv", "--out", out, "--size", "64", "--val-fraction",
+                    "0.1", "--holdout-source", "pixel art", "tile mosaic"], check=True)
+    return out
+
+
+def read_log(folder):
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in open(file)] if file.is_file() else []
+
+
+def train(args, flags, name, seed=0, init=None):
+    """train.py with these flags, unless it is done -> its phase folder"""
+    out, phase = Path(args.out) / f"{name}-{seed}".replace(" ", "_"), flags.split()[1]
+    if not any(row.get("done") for row in read_log(out / phase)):
         shutil.rmtree(out, ignore_errors=True)
-        init = ["--init", start if start == "none" else str(run(start, seed, args, model))] if start else []
-        command = ["train.py", *flags.split(), "--data", args.data, "--out", str(out), "--seed", str(seed), *init]
-        command = [sys.executable, *command, *(model if start in (None, "none") else [])]
+        command = [sys.executable, "train.py", *flags.split(), "--data", args.data, "--out", str(out), "--seed", str(seed),
+                   "--workers", "1", "--precision", "fp32", *(["--init", str(init)] if init else []), *(args.model if init in (None, "none") else [])]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return out / phase
 
 
-def best(folder, kind):
-    """The validation that scored best on val -> (val, ood) there."""
-    val, ood = (f"{split}_cosine{'_ema' * (kind == 'ema')}" for split in ("val", "ood"))
-    rows = map(json.loads, open(folder / "metrics.jsonl"))
-    return max((r[val], r.get(ood, float("nan"))) for r in rows if val in r)
+def best(folder, select_by, kinds=("", "_ema")):
+    """What the validation that is best by `select_by` scored: {measure: cosine}"""
+    rows = [(r, kind) for r in read_log(folder) for kind in kinds if f"val_cosine{kind}" in r]
+    row, kind = max(rows, key=lambda r: r[0][f"val_{select_by}{r[1]}"])
+    return {m: row.get(m + kind, float("nan")) for m in MEASURES}
+
+
+def print_row(name, scores):
+    cells = [[s[m] for s in scores] for m in MEASURES]
+    cells = [f"{statistics.mean(c):.4f} ± {statistics.stdev(c) if len(c) > 1 else 0:.4f}" for c in cells]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def print_untrained(args):
+    """The constant baseline, and the average of the 10 nearest training images' targets"""
+    import train as t
+    data = t.load_data(args.data)
+    print_row("constant baseline", [{"val_sources": float("nan"), "ood_cosine": float("nan"), **data.baseline}])
+    model = t.load_model(Path(args.out) / f"lp_{args.balance[0]}_cosine-0")[0]
+    run = argparse.Namespace(args=argparse.Namespace(precision="fp32", hflip=0, out=args.out, batch_size=128, workers=1,
+                             compile=False), data=data, rank=0, world=1, images=t.ImageDataset(data.paths, model.spec),
+                             device=t.pick_device())
+    x, y = t.extract_features(model, run)[0], t.torch.from_numpy(data.targets)
+    held = {s: t.knn(x[data.train], y[data.train], x[rows], y[rows]) for s, rows in data.held.items()}
+    print_row("10 nearest", [{m: held.get(m[:3], float("nan")) if "cosine" in m else float("nan") for m in MEASURES}])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True)
-    p.add_argument("--model", required=True)
-    p.add_argument("--pretrained", required=True)
+    p.add_argument("--drawn", action="store_true", help="draw the demo, with EfficientNet-Lite0 from PyPI at 64 px")
+    p.add_argument("--data")
+    p.add_argument("--balance", nargs="+", default=["0", "0.25", "0.5", "1"])
+    p.add_argument("--select-by", nargs="+", default=["cosine", "balanced", "sources"])
+    p.add_argument("--lr", nargs="+", default=["3e-4", "1e-3", "3e-3"])
+    p.add_argument("--epochs", default="6")
+    p.add_argument("--batch-size", default="32")
     p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--jobs", type=int, default=1, help="at a time")
     p.add_argument("--out", default="runs/science")
-    args, more = p.parse_known_args()  # what it does not know describes the model, such as --image-size
-    model = ["--model", args.model, "--pretrained", args.pretrained, *more]
-    print(f"{'':<24} {'val':>16} {'ood':>16}   mean ± std over {args.seeds} seeds")
-    for name, (_, _, kind) in ROWS.items():
-        scores = zip(*(best(run(name, seed, args, model), kind) for seed in range(args.seeds)))
-        cells = [f"{statistics.mean(x):.4f} ± {statistics.stdev(x) if len(x) > 1 else 0:.4f}" for x in scores]
-        print(f"{name:<24} {cells[0]:>16} {cells[1]:>16}", flush=True)
+    args, args.model = p.parse_known_args()  # what it does not know describes the model, such as --image-size
+    if args.drawn:
+        args.data, args.model = args.data or "data/demo-ood", LITE.split()
+        if not Path(args.data).exists():
+            draw_data(args.data)
+    pool, starts = ThreadPoolExecutor(args.jobs), ["none", *args.select_by]
+    jobs = {(b, s): pool.submit(train, args, f"--phase lp --balance {b} --select-by {s}", f"lp_{b}_{s}")
+            for b in args.balance for s in args.select_by}
+    lps = {key: job.result() for key, job in jobs.items()}
+    lps |= {(b, "none"): "none" for b in args.balance}
+
+    def ft(b, start, lr, seed=0):
+        by = "cosine" if start == "none" else start
+        flags = f"{FT} {args.batch_size} --epochs {args.epochs} --balance {b} --select-by {by} --lr {lr}"
+        return pool.submit(train, args, flags, f"ft_{b}_{start}_{lr}", seed, lps[b, start])
+
+    tried = {(b, s, lr): ft(b, s, lr) for b in args.balance for s in ("none", "cosine") for lr in args.lr}
+    tried = {key: best(job.result(), "cosine")["val_cosine"] for key, job in tried.items()}
+    lrs = {(b, s): max(args.lr, key=lambda lr: tried[b, s if s == "none" else "cosine", lr])
+           for b in args.balance for s in starts}
+    fts = {key: [ft(*key, lr, seed) for seed in range(args.seeds)] for key, lr in lrs.items()}
+    print(f"mean ± std over {args.seeds} seeds; lp has none\n| | {' | '.join(MEASURES)} |\n|---|---|---|---|---|")
+    print_untrained(args)
+    for b, s in jobs:
+        print_row(f"lp, balance {b}, by {s}", [best(lps[b, s], s, ("",))])
+    for (b, s), runs in fts.items():
+        for by in args.select_by if s == "none" else [s]:
+            name = f"{'cold ft' if s == 'none' else 'LP-FT'} {lrs[b, s]}, balance {b}, by {by}"
+            print_row(name, [best(run.result(), by) for run in runs])
+            if s != "none":
+                print_row(f"{name}, raw weights only", [best(run.result(), by, ("",)) for run in runs])
 
 
 if __name__ == "__main__":
