@@ -855,7 +855,7 @@ def read_input(args, meta, device):
     ids = [f"{row:07d}" for row in pairs["row"]]
     names = [Path(origin).name if origin else i for origin, i in zip(pairs["origin"], ids)]
     about = {"groups": pairs["group"].to_numpy(), "weight": pairs["weight"].to_numpy(), "trained": None,
-             "source": pairs["source"].fill_null("").to_numpy().astype(str)}
+             "source": pairs["source"].fill_null("").str.slice(0, 1000).to_numpy().astype(str)}
     return ids, paths, names, pairs["prompt"].to_list(), targets, about
 
 

@@ -933,6 +933,7 @@ def linear_probe(model, run):
         return best
     start_log(run)
     train, val, w = data.train, data.held["val"], torch.from_numpy(data.weights)
+    held = np.concatenate([*data.held.values()])
     print(f"without training: constant baseline {data.baseline['val_cosine']:.4f}, "
           f"10 nearest training images {knn(x[0, train], y[train], x[0, val], y[val]):.4f} (val cosine)")
     if args.head == "linear":
@@ -964,8 +965,9 @@ def linear_probe(model, run):
             row["loss"] = torch.stack(losses).mean().item()
         model.head.eval()
         with torch.inference_mode():
-            predicted = torch.cat([model.embed(v.float().to(device)).cpu() for v in x[0].split(8192)])
-            row |= {name: float(v @ (predicted * y).sum(-1).double().numpy()) for name, v in data.measures.items()}
+            predicted = torch.cat([model.embed(x[0, r].float().to(device)).cpu() for r in split_batches(held, 8192)])
+            cosines = (predicted * y[held]).sum(-1).double().numpy()
+        row |= {name: float(weights[held] @ cosines) for name, weights in data.measures.items()}
         if not all(map(math.isfinite, row.values())):
             sys.exit(f"epoch {epoch}: not finite, {row}; try a lower --lr")
         log(run, step, **row)
@@ -973,7 +975,7 @@ def linear_probe(model, run):
             best, best_head = row[data.chosen], copy.deepcopy(model.head.state_dict())
             about = {"weights": "raw", "step": step, **row}
         if epoch == args.epochs or epoch % -(-args.epochs // 10) == 0:
-            report(run, f"epoch {epoch} of {args.epochs}", row, best)
+            report(run, f"epoch {epoch} of {args.epochs}" if args.epochs else "ridge", row, best)
     model.head.load_state_dict(best_head)
     save_model(model, {**run.meta, **about}, run.phase / "best.safetensors")
     log(run, total, done=True, best=best)
@@ -1159,7 +1161,7 @@ def finetune(model, run, last=None):
 
 def parse_args(argv=None):
     def unset(key):
-        return f"unset = {DEFAULTS['lp'][key]:g} for lp, {DEFAULTS['ft'][key]:g} for ft"
+        return f"unset = {DEFAULTS['lp'][key]:g} for lp --head mlp, {DEFAULTS['ft'][key]:g} for ft"
 
     p = make_parser(__doc__)
     add = p.add_argument
@@ -1228,6 +1230,8 @@ def find_start(args):
     """-> metadata of the checkpoint that ft starts from, and its "path"; None: the command line says what to build."""
     if args.phase == "lp":
         refuse(args, FT_ONLY, "for --phase ft; lp trains the head alone")
+        if args.head in (None, "linear") and (args.epochs or args.lr):
+            print("a linear head is ridge regression in lp; --epochs and --lr do nothing")
     if args.phase == "lp" or args.init == "none":
         return None
     path = find_checkpoint(args.init or Path(args.out) / "lp", f" --data {args.data} --out {args.out}")
@@ -1334,12 +1338,12 @@ def main():
     if rank == 0:
         vit = isinstance(spec.get("config", {}).get("vision_cfg", {}).get("layers"), int)  # open_clip's own
         gelu = ", QuickGELU" if spec.get("quick_gelu") else ", GELU" if vit else ""
+        work = f"{args.epochs} epochs of {len(data.train) // batch} steps of {batch}" if args.epochs else "ridge"
         mean, std = (" ".join(f"{x:.3g}" for x in spec[k]) for k in ("mean", "std"))
         print(f"{args.phase}: {spec['model']} ({spec['pretrained']}{gelu}), {spec['image_size']} px, "
               f"mean {mean}, std {std}, {spec['resize_mode']}, "
-              f"{model.meta['head']} head, {len(data.train):,} train rows, {args.epochs} epochs of "
-              f"{len(data.train) // batch} steps of {batch} on {world} x {device.type}, {args.precision}, "
-              f"balance {args.balance:g}", flush=True)
+              f"{model.meta['head']} head, {len(data.train):,} train rows, balance {args.balance:g}, {work} on "
+              f"{world} x {device.type}, {args.precision}", flush=True)
     try:
         _, stopped = (linear_probe(model, run), 0) if lp else finetune(model, run, last)
     except BadImage as e:  # out of a loader worker it comes wrapped in its traceback
