@@ -188,7 +188,7 @@ def choose_weights(report, val, text, select_by):
         a, g, groups, rows = a[new], g[new], groups[new], rows[new]
     n, plain = len(a), cosines(weights, a, g)
     report |= {"n": n, used: mean_and_error(plain, groups, rows), "measure": kind, "scored_on": val["names"]}
-    print(f"mean {kind} over the {n:,} rows of {', '.join(val['names'])}:")
+    print(f"mean cosine{f' ({kind})' * (kind != 'cosine')} over the {n:,} rows of {', '.join(val['names'])}:")
     for member, name, c in zip(members, val["names"], a.unbind(1)):
         member["cosine"], member["se"] = mean_and_error(c, groups, rows)
         print(f"{Path(name).stem}  {describe(c, groups, rows)}")
@@ -211,7 +211,8 @@ def choose_weights(report, val, text, select_by):
         kept = [i for i in range(models) if i != m]
         rest = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
         w = fit(*rest, rows) if used == "learned" else weights[kept] if weights[kept].any() else torch.ones(models - 1)
-        member["leave_one_out"] = mean_and_error(cosines(weights, a, g) - cosines(w, *rest), None, rows)[0]
+        lost = mean_and_error(cosines(weights, a, g) - cosines(w, *rest), None, rows)[0]
+        member["leave_one_out"] = round(lost, 9) + 0.0  # no -0
         print(f"{member['name']}: weight {weights[m]:.3f}, the average loses {member['leave_one_out']:+.5f} without it")
     return weights, used
 
@@ -230,7 +231,7 @@ def draw(file, report):
             ax.annotate(f"{value:.4f} ± {error:.4f}", (value, y), (0, 6), textcoords="offset points", ha="center")
         low, high = (scores[:, 0] - scores[:, 1]).min(), scores.sum(1).max()
         pad = max(0.05 - (high - low), 0.4 * (high - low)) / 2  # never so narrow that noise looks like a difference
-        ax.set(xlim=(low - pad, high + pad), xlabel=f"mean {report['measure']} ± standard error (n = {report['n']:,})")
+        ax.set(xlim=(low - pad, high + pad), xlabel=f"mean cosine ({report['measure']}) ± standard error, n = {report['n']:,}")
     else:
         bars = ax.barh(range(len(members)), [m["weight"] for m in members], color="#0072B2")
         ax.bar_label(bars, fmt="%.3f", padding=5)
@@ -264,7 +265,7 @@ def make_soup(runs, checkpoints, best_path, log_path, locks, select_by):
     alone = [validate([i]) for i in range(len(runs))]
     order = sorted(range(len(runs)), key=lambda i: -alone[i][kind])
     chosen, best = order[:1], alone[order[0]]
-    print(f"mean {kind[4:]} over the {len(paths):,} validation rows of {metas[0]['data']}:")
+    print(f"mean cosine ({kind[4:]}) over the {len(paths):,} validation rows of {metas[0]['data']}:")
     for i in order[1:]:
         score = validate([*chosen, i])
         joins = score[kind] > best[kind]
@@ -327,12 +328,13 @@ def combine(args, names, out, json_path, png_path, submission, locks):
     weights, report["used"] = choose_weights(report, val, args.weights, args.select_by)
 
     embeddings = average(test["x"], weights).numpy()
-    if args.fit and test["targets"] is not None and not np.all(test["trained"]):  # the average where it was not learned
+    if test["targets"] is not None and not np.all(test["trained"]):
         own, groups = (test["targets"].numpy() * embeddings).sum(1), test["groups"]
         new = ~np.broadcast_to(test["trained"], len(own))
         scores = mean_and_error(own[new], None if groups is None else groups[new])
         report["output"] = {"cosine": scores[0], "se": scores[1], "n": int(new.sum())}
-        print(f"this average, on the {new.sum():,} rows of {', '.join(names)}: "
+        learned = " (the rows that its weights were learned on)" * (report["used"] == "learned" and not args.fit)
+        print(f"this average on the {new.sum():,} rows of {', '.join(names)}{learned}: "
               f"cosine {scores[0]:.4f} ± {scores[1]:.4f}")
     report["members"] = [member | {"weight": w} for member, w in zip(report["members"], weights.tolist())]
     check_rows(embeddings, f"--weights {args.weights}")

@@ -700,6 +700,8 @@ EDITS = [  # (file, commands that read it, changes): expressions of its content 
         x.with_columns(split=1) ; x.with_columns(image=1) ; x.with_columns(image=pl.lit(None, pl.String))
         x.with_columns(image=pl.concat_list("image")) ; x.with_columns(image=pl.lit("images/nowhere.jpg"))
         x.with_columns(image=pl.lit("images/\\x1b]0;PWNED\\x07.jpg")) ; x.with_columns(image=pl.lit("/dev/zero"))
+        x.with_columns(weight=pl.lit(nan)) ; x.with_columns(weight=-1.0) ; x.with_columns(weight=pl.lit(None, pl.Float64))
+        x.with_columns(weight=1e300) ; x.with_columns(weight=0.0) ; x.drop("weight") ; x.with_columns(source=1)
         x.head(20) ; x.head(0)"""),
     ("preds/a.npz", [E], """
         x["embeddings"].__setitem__(0, nan) ; x["embeddings"].__setitem__((1, 1), inf) ; x["embeddings"].fill(0)
@@ -710,7 +712,8 @@ EDITS = [  # (file, commands that read it, changes): expressions of its content 
         x | {"targets": x["targets"][:, :3]} ; x | {"ids": x["ids"][1:]} ; x | {"groups": x["groups"][1:]}
         x | {k: x[k][:0] for k in ("ids", "embeddings", "targets", "groups")} ; x.pop("ids") is None
         ? x | {"evil": np.array([Evil()])} ; ? x | {"views": np.array(["\\x1b[31m"])}
-        ? x | {"run": np.array("\\x1b[31m")}"""),
+        x | {"weight": x["weight"] * nan} ; x | {"weight": -x["weight"]} ; x | {"weight": x["weight"][1:]}
+        ? x | {"run": np.array("\\x1b[31m")} ; ? x | {"source": np.array(["\\x1b[31m"] * len(x["ids"]))}"""),
     ("data/.cache/53aa51172d142c89-fp32/*.npz", [CLEAN], """
         =clean x | {"x": x["x"] * nan} ; =clean x | {"x": x["x"] * 0} ; =clean x | {"x": x["x"] * 613}
         =clean x | {"x": x["x"][:, :10]} ; =clean x | {"x": x["x"][:, 0]} ; =clean x | {"x": x["x"][:3]}

@@ -126,7 +126,7 @@ def test_chart():
         low, high = figure.axes[0].get_xlim()
         assert high - low > 0.0499 and low < 0.699 < report["learned"][0] + 0.001 < high
         assert {"0.6997 ± 0.0001", "0.7010 ± 0.0002", f"{0.702 + spread:.4f} ± 0.0003", "plain average",
-                "mean both ± standard error (n = 1,234)", "a  (weight -0.250)"} < set(said)
+                "mean cosine (both) ± standard error, n = 1,234", "a  (weight -0.250)"} < set(said)
     said = chart_texts(figure := ensemble.draw(io.BytesIO(), {"members": members, "used": "fixed"}))
     assert [(bar.get_x(), bar.get_width()) for bar in figure.axes[0].patches] == [(0, -0.25), (0, 0.75)]
     assert {"weight", "used: fixed weights", "0.750"} < set(said)
@@ -194,9 +194,10 @@ def test_scores_name_their_rows(known, write, go):
     assert f"mean cosine over the {N} rows of {val[0]}, {val[1]}:\nm0  0." in done.printed
     assert done.scored_on == val[:2] and far(done.members[0]["cosine"], (xs[0] * y).sum(1).mean()) < 1e-5
     own = predict.mean_and_error((done.embeddings * y).sum(1), np.arange(N) // 2)
-    assert f"on the {N} rows of test0.npz, test1.npz: cosine {own[0]:.4f} ± {own[1]:.4f}" in done.printed
+    assert f"average on the {N} rows of test0.npz, test1.npz: cosine {own[0]:.4f} ± {own[1]:.4f}" in done.printed
     assert far([done.output["cosine"], done.output["se"]], own) < 1e-5
-    assert "output" not in vars(go(*val))
+    alone = go(*val)  # there the weights have seen the rows
+    assert alone.used == "learned" and "(the rows that its weights were learned on): cosine 0." in alone.printed
 
 
 def test_rows_count_by_their_weight(known, write, go):
@@ -211,7 +212,7 @@ def test_rows_count_by_their_weight(known, write, go):
     even, uneven = go("w0.npz", "w1.npz", "--select-by", "cosine"), go("w0.npz", "w1.npz", "--select-by", "balanced")
     assert uneven.used == "learned" and uneven.weights[0] > 0.9 and abs(even.weights[0] - 0.5) < 0.1
     assert far(uneven.members[0]["cosine"], np.average((xs[0] * y).sum(1), weights=heavy)) < 1e-5
-    assert "mean balanced over" in uneven.printed and (uneven.measure, even.measure) == ("balanced", "cosine")
+    assert "mean cosine (balanced) over" in uneven.printed and (uneven.measure, even.measure) == ("balanced", "cosine")
     assert go("w0.npz", "w1.npz").measure == "both" and go("w0.npz", "--select-by", "sources").measure == "sources"
     assert far(uneven.weight, heavy) == 0 and go(*write("plain")).measure == "cosine"
 
