@@ -18,6 +18,6 @@ def test_every_part_of_gpu(tmp_path):
     for part, result in found["parts"].items():
         assert "error" not in result, (part, result["error"])
         assert result["rows"] and all(map(math.isfinite, numbers({i: r for i, r in enumerate(result["rows"])}))), part
-        assert all(row.get("ok", True) for row in result["rows"]), part
+        assert all(row.get("ok", True) and "failed" not in row for row in result["rows"]), part
     command("tests/bench/gpu.py", "--tiny", "--minutes", 0, "--parts", "search", "project", "--out", tmp_path / "no.json")
     assert json.loads((tmp_path / "no.json").read_text())["skipped"] == ["search", "project"]

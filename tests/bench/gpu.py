@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -55,7 +56,8 @@ EXPECTED = {  # before any measurement: 55 % of 790 TFLOP/s, 4.3 TB/s, decoding 
     "search count 500000 fp32": 4.4, "search encode": 340_000, "project 224": 0.44, "project 336": 0.93}
 GROUPS = {  # kernels by name, the first that fits
     "attention": r"flash|fmha|sdpa|softmax|AttentionKernel|cudnn_generated|scaled_dot",
-    "layer norm": r"layer_?norm|LayerNorm|GammaBeta", "optimizer": r"Adam", "matmul": r"gemm|nvjet|xmma|cutlass|addmm|::mm",
+    "layer norm": r"layer_?norm|LayerNorm|GammaBeta", "optimizer": r"Adam",
+    "matmul": r"gemm|nvjet|xmma|cutlass|addmm|::mm",
     "EMA and clipping": r"multi_tensor_apply|foreach", "copies and casts": r"[Cc]opy|Memcpy|Memset",
     "elementwise bf16": r"BFloat16|bfloat16", "elementwise fp32": r"elementwise|reduce|float"}
 CHILD = f"""import os, signal, sys, torch
@@ -121,7 +123,8 @@ def big(b, size, *more):  # QuickGELU, as of openai's weights, keeps more activa
 
 
 def noise(n, size, device="cpu"):
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator).to(device)
 
 
 def unit_rows(n, seed=0):
@@ -153,21 +156,31 @@ def finetune(model, device, flags, load, watch, batch, rows=64):
 
 
 def ft_speed(b, size, flags="", batch=None, logs=4, every=5, load=None, model=None):
-    """The median rate of finetune between log lines, the first one aside; or the message of an out-of-memory error"""
-    batch, seen, x = batch or b.batch, [], None
+    """The median rate of finetune between log lines, the first one aside; or why it failed"""
+    return halved(lambda batch: ft_row(b, size, flags, batch, logs, every, load, model), b.batch, batch)
+
+
+def halved(job, batch, only):
+    """job(batch), where it fails with half the batch, unless a batch is named"""
     free()
+    try:
+        return job(only or batch) | {"batch": only or batch}
+    except RuntimeError as e:  # out of memory is one; the next row runs
+        failed = f"{only or batch}: {e!r}"[:400]
+    full = "memory" in failed or "ALLOC_FAILED" in failed
+    return (halved(job, batch // 2, None) if full and not only and batch > 32 else {}) | {"failed": failed}
+
+
+def ft_row(b, size, flags, batch, logs, every, load, model):
+    seen, x = [], noise(batch, size, b.device)
     start = time.perf_counter()
 
     def watch(step, row):
         seen.append(row | {"s": time.perf_counter() - start})
         if len(seen) == logs:
             raise Done
-    try:
-        x = noise(batch, size, b.device)
-        finetune(model or big(b, size), b.device, f"--log-every {every} {flags}", load or (lambda batches: (x for _ in batches)),
-                 watch, batch)
-    except torch.OutOfMemoryError as e:
-        return {"out_of_memory": str(e)[:300]}
+    load = load or (lambda batches: (x for _ in batches))
+    finetune(model or big(b, size), b.device, f"--log-every {every} {flags}", load, watch, batch)
     rate = statistics.median(r["images_per_s"] for r in seen[1:])
     return {"images_per_s": rate, "share_of_peak": share(b, size, 3 * rate), "memory_gib": seen[-1]["memory_gib"],
             "first_log_s": round(seen[0]["s"], 1), "loss": seen[-1]["loss"]}
@@ -177,9 +190,15 @@ def plain_speed(b, size, tf32, steps):
     """float32 weights, no autocast, default AdamW, float images on the device. TF32 is put back as it was."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    free()
+    try:
+        return halved(lambda batch: plain_row(b, size, batch, steps), b.batch, None)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def plain_row(b, size, batch, steps):
     net = copy.deepcopy(big(b, size)).to(b.device).train()
-    x, y = net.normalise(noise(b.batch, size, b.device)), torch.from_numpy(unit_rows(b.batch)).to(b.device)
+    x, y = net.normalise(noise(batch, size, b.device)), torch.from_numpy(unit_rows(batch)).to(b.device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
 
     def step():
@@ -187,14 +206,9 @@ def plain_speed(b, size, tf32, steps):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    try:
-        seconds(step)
-        rate = b.batch / seconds(step, steps)[0]
-        return {"images_per_s": round(rate, 1), "share_of_peak": share(b, size, 3 * rate), "memory_gib": peak_gib()}
-    except torch.OutOfMemoryError as e:
-        return {"out_of_memory": str(e)[:300]}
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    seconds(step)
+    rate = batch / seconds(step, steps)[0]
+    return {"images_per_s": round(rate, 1), "share_of_peak": share(b, size, 3 * rate), "memory_gib": peak_gib()}
 
 
 @functools.cache
@@ -207,7 +221,7 @@ def forward_flops(model, size):
 @functools.cache
 def matmul_flops(n, device):
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds(lambda: a @ b, 5)
+    seconds(lambda: a @ b, 100)
     return 2 * n**3 / seconds(lambda: a @ b, 20)[0]
 
 
@@ -229,7 +243,7 @@ def machine(b):
     cuda = b.device.type == "cuda"
     yield {"what": "machine", "gpu": torch.cuda.get_device_name() if cuda else "none", "torch": torch.__version__,
            "gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 0.0, "cores": os.cpu_count(),
-           "smi": smi()}
+           "shm_gib": shutil.disk_usage("/dev/shm").total / 2**30, "smi": smi()}
     yield {"what": "bf16", "tflops": matmul_flops(b.matmul, b.device) / 1e12}
     x = torch.zeros(b.matmul, 2 * b.matmul, device=b.device)
     yield {"what": "copy", "tb_per_s": 2 * x.nbytes / seconds(x.clone, 20)[0] / 1e12}
@@ -245,12 +259,13 @@ def ft(b):
     yield {"what": f"{size} GELU", **ft_speed(b, size, logs=3, every=b.every, model=gelu)}
     for tf32 in (True, False):
         for size in b.sizes:
-            yield {"what": f"{size} plain {'TF32' if tf32 else 'float32'}", **plain_speed(b, size, tf32, 3 if tf32 else 2)}
+            name = f"{size} plain {'TF32' if tf32 else 'float32'}"
+            yield {"what": name, **plain_speed(b, size, tf32, 3 if tf32 else 2)}
     for size in b.sizes:
         for batch in (2 * b.batch, 4 * b.batch):
             row = ft_speed(b, size, "", batch, logs=2, every=2)
             yield {"what": f"{size} batch {batch}", **row}
-            if "out_of_memory" in row:
+            if "failed" in row:
                 break
     yield {"what": "clocks afterwards", "smi": smi()}
     for size in b.sizes:
@@ -288,7 +303,8 @@ def trace_rows(b, what, prof, steps, wall):
 
 def profile(b):
     size, x, found = b.sizes[0], noise(b.batch, b.sizes[0], b.device), {}
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (x.device.type == "cuda")
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if x.device.type == "cuda" else [kinds.CPU]
     prof = torch.profiler.profile(activities=activities)
 
     def watch(step, row):  # at steps 5, 10 and 15, where the device has been waited for
@@ -387,7 +403,7 @@ def correct(b):
             found, ema = losses(model, gpu, f"--precision {precision}")
             yield compare(f"ft {case}", found, wanted, tolerance) | {"first": found[0], "last": found[-1]}
             if precision == "fp32" and not tf32:
-                moved = np.linalg.norm(weights - flat(model))  # a gradient that is zero but for noise moves weights, too
+                moved = np.linalg.norm(weights - flat(model))  # noise moves weights whose gradient is zero, too
                 yield compare(f"EMA weights {case}, by how far they moved", ema / moved, weights / moved, 0.1)
             yield compare(f"lp {case}", lp_log(b, model, gpu, precision), lp, tolerance)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -435,23 +451,26 @@ def killed(b):
 
     def end(running):
         try:
-            return {name: (p.communicate()[1].strip().splitlines() or [""], p.returncode) for name, p in running.items()}
+            return {k: (p.communicate()[1].strip().splitlines() or [""], p.returncode) for k, p in running.items()}
         finally:
             for p in running.values():
                 p.kill()
     first = end({name: start(name, *job) for name, job in jobs.items()})
-    for name in ("nan", "oom"):
-        if name in first:
-            lines, rc = first[name]
-            yield {"what": f"train.py, {name}", "exit": rc, "stderr_lines": len(lines), "last_line": lines[-1][:400],
-                   "ok": rc == 1 and (name == "oom" or not any("Traceback" in line for line in lines))}
+    for name in first.keys() & {"whole", "nan", "oom"}:
+        lines, rc = first[name]
+        raised = any("Traceback" in line for line in lines)
+        yield {"what": f"train.py, {name}", "exit": rc, "stderr_lines": len(lines), "last_line": lines[-1][:400],
+               "ok": rc == (name != "whole") and raised == (name == "oom")}
     again = end({name: start(name, "", ["--resume"]) for name in first if name.startswith("sig")})
-    state = {name: torch.load(b.tmp / name / "ft/last.pt", map_location="cpu", weights_only=True)
-             for name in ("whole", *again)}
+    wanted = last(b, "whole")
     for name, (lines, rc) in again.items():
-        wrong = [k for k in ("raw", "ema", "optimizer") if not same(state["whole"][k], state[name][k])]
-        yield {"what": f"{name} and --resume", "first_exit": first[name][1], "exit": rc, "step": state[name]["step"],
-               "differs": wrong, "ok": first[name][1] not in (0, 1) and rc == 0 and not wrong, "last_line": lines[-1][:200]}
+        wrong = [k for k in ("raw", "ema", "optimizer", "step") if rc or not same(wanted[k], last(b, name)[k])]
+        yield {"what": f"{name} and --resume", "first_exit": first[name][1], "exit": rc, "differs": wrong,
+               "ok": first[name][1] not in (0, 1) and not wrong, "last_line": lines[-1][:200]}
+
+
+def last(b, name):
+    return torch.load(b.tmp / name / "ft/last.pt", map_location="cpu", weights_only=True)
 
 
 def same(a, b):
@@ -467,7 +486,7 @@ def frozen(b):
         x = noise(2 * b.batch, size, b.device)
         seconds(lambda: frozen_step(model, x, precision), 3)
         rate = len(x) / seconds(lambda: frozen_step(model, x, precision), 10)[0]
-        yield {"what": f"{size}", "images_per_s": rate, "share_of_peak": share(b, size, rate), "memory_gib": peak_gib()}
+        yield {"what": str(size), "images_per_s": rate, "share_of_peak": share(b, size, rate), "memory_gib": peak_gib()}
         del model, x
     for size in b.sizes:
         free()
@@ -603,8 +622,8 @@ def project(b):
                "ft_epoch_min": 380_000 / tuned / 60}
 
 
-PARTS = {"machine": (machine, 40), "ft": (ft, 210), "profile": (profile, 45), "correct": (correct, 140), "frozen": (frozen, 60),
-         "predict": (predictions, 60), "loader": (loader, 45), "search": (search, 100), "project": (project, 5)}  # seconds
+PARTS = {"machine": (machine, 40), "ft": (ft, 210), "profile": (profile, 45), "correct": (correct, 140),
+         "frozen": (frozen, 60), "predict": (predictions, 60), "loader": (loader, 45), "search": (search, 100), "project": (project, 5)}  # seconds
 
 
 def add_row(b, part, row):
@@ -640,7 +659,7 @@ def main():
     if args.tiny:
         vars(b).update(sizes=(32, 48), batch=8, matmul=256, images=24, every=2, rows=(1000, 2000), workers=1)
         torch.set_num_threads(1)
-        torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # no C compiler
+        torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # in a second
     signal.signal(signal.SIGALRM, out_of_time)
     with tempfile.TemporaryDirectory() as tmp:
         b.tmp = Path(tmp)
@@ -665,6 +684,8 @@ def main():
             save(b)
             print(f"{part} · took {time.perf_counter() - start:.1f} s", flush=True)
     save(b)
+    sys.stdout.flush()
+    os._exit(0)  # compile workers could hold up the exit, and the machine
 
 
 if __name__ == "__main__":
