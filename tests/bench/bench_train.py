@@ -41,7 +41,8 @@ def draw_data(rows, out):
     pl.DataFrame({"image": files, "prompt": files, "origin": files, "split": ["train"] * rows + ["val"] * 8,
                   "group": range(rows + 8)}).write_parquet(out / "pairs.parquet")
     (out / "summary.json").write_text(json.dumps({"format": clean.FORMAT, "text_model": {"name": "none", "sha256": ""},
-                                                  "hashes": {"rows": rows}, "recommend": {"model": "none"}}))
+                                                  "hashes": {"rows": rows}, "recommend": {"model": "none"},
+                                                  "args": {"split_threshold": 0.7}}))
 
 
 def in_turns(name, rounds, plain, ours):
