@@ -11,6 +11,7 @@ import argparse
 import copy
 import functools
 import gc
+import io
 import json
 import os
 import re
@@ -55,7 +56,7 @@ class Done(Exception):
 
 @contextmanager
 def quiet():
-    with redirect_stdout(open(os.devnull, "w")), redirect_stderr(open(os.devnull, "w")):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
 
