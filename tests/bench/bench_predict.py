@@ -30,7 +30,8 @@ def make_run(model, image_size, path):
     args = train.parse_args(flags + (["--image-size", str(image_size)] if image_size else []))
     torch.manual_seed(0)
     net = train.Model(*train.make_backbone(args)).eval()
-    train.save_model(net, {"mean_target": [1.0] * 384, "text_model": {"name": "none"}}, path)
+    train.save_model(net, {"mean_target": [1.0] * 384, "text_model": {"name": "none", "sha256": ""}, "data": "",
+                           "data_hashes": {}, "args": {}, "n_val": 1}, path)
     return net
 
 

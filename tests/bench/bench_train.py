@@ -38,10 +38,11 @@ def draw_data(rows, out):
     files = [files[i % len(files)] for i in range(rows + 8)]
     targets = np.random.default_rng(0).standard_normal((rows + 8, 384)).astype(np.float32)
     np.save(out / "targets.npy", targets / np.linalg.norm(targets, axis=1, keepdims=True))
-    pl.DataFrame({"image": files, "prompt": files, "origin": files, "split": ["train"] * rows + ["val"] * 8,
-                  "group": range(rows + 8)}).write_parquet(out / "pairs.parquet")
+    pl.DataFrame({"image": files, "prompt": files, "split": ["train"] * rows + ["val"] * 8, "group": range(rows + 8),
+                  "weight": 1.0, "source": "noise", "origin": files}, clean.PAIRS).write_parquet(out / "pairs.parquet")
     (out / "summary.json").write_text(json.dumps({"format": clean.FORMAT, "text_model": {"name": "none", "sha256": ""},
-                                                  "hashes": {"rows": rows}, "recommend": {"model": "none"}}))
+                                                  "hashes": {"rows": rows}, "recommend": {"model": "none"},
+                                                  "args": {"split_threshold": 0.7}}))
 
 
 def in_turns(name, rounds, plain, ours):
