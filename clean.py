@@ -1168,20 +1168,20 @@ def split_groups(x, prompts, val_fraction, seed, threshold, ood):
 
 def count_near(x, times, threshold, block=1024, span=16384):
     """How many training rows have a cosine >= threshold to each unit row of x (N, D), of which row i stands for
-    times[i] training rows. -> (N,). Exact; costs 768 N^2 operations: docs/results.md"""
+    times[i] training rows. -> (N,). Exact: float64 decides what float32 cannot. Costs 768 N^2 operations."""
     import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keys, found = x[times > 0], np.zeros(len(x), int)
-    matrix, times = torch.from_numpy(keys).to(device), torch.from_numpy(times[times > 0]).to(device)
+    matrix, times = torch.from_numpy(keys).to(device), torch.from_numpy(times[times > 0]).to(device).float()
     for start in tqdm(range(0, len(x), block), "density", unit="block", disable=len(x) < 50 * block):
         rows = torch.from_numpy(np.array(x[start:start + block])).to(device)
         for at in range(0, len(keys), span):
             cosine = rows @ matrix[at:at + span].T
-            near = cosine >= threshold
-            i, j = (abs(cosine - threshold) < 4e-6).nonzero(as_tuple=True)  # float32 errs by less
+            near = cosine >= threshold - 4e-6  # float32 errs by less
+            i, j = (near ^ (cosine > threshold + 4e-6)).nonzero(as_tuple=True)
             exact = pair_cosines(x[start + i.cpu().numpy()], keys[at + j.cpu().numpy()]) >= threshold
             near[i, j] = torch.from_numpy(exact).to(device)
-            found[start:start + block] += (near * times[at:at + span]).sum(1).cpu().numpy()
+            found[start:start + block] += (near.float() @ times[at:at + span]).long().cpu().numpy()  # below 2^24
     return found
 
 
@@ -1935,30 +1935,35 @@ def select(funnel, x, store, args):
 
 def divide(pairs, x, args):
     """pairs, of which `at` is the row in x (N, D) -> the same with split, group, weight. By prompt: all images of one
-    are in one part."""
+    are in one part. Rows of --val-from keep their weight, by which scores stay comparable."""
     at, first, which = np.unique(pairs["at"], return_index=True, return_inverse=True)
     given = (pairs["row"] < 0).to_numpy()  # to validation, by --val-from
-    ood = np.bincount(which, pairs["source"].is_in(args.holdout_source).to_numpy() | given) > 0
+    ood = np.bincount(which, pairs["source"].is_in(args.holdout_source).fill_null(False).to_numpy() | given) > 0
     prompts, fraction = pairs["prompt"].gather(first).to_list(), 0 if args.val_from else args.val_fraction
     group, split = split_groups(x[at], prompts, fraction, args.seed, args.split_threshold, ood)
     split = np.where(given, "val", split[which])
     times = np.bincount(which, split == "train").astype(int)
-    weight = 1 / count_near(x[at], times, args.balance_threshold).clip(1)[which]
+    near = count_near(x[at], times, args.balance_threshold) if not args.text_only else times * 0  # nothing is trained
+    weight = 1 / near.clip(1)[which]
     weight /= weight[split == "train"].mean() if times.any() else 1
+    weight = np.where(given, pairs["weight"], weight) if args.val_from else weight
     return pairs.with_columns(split=pl.Series(split.tolist(), dtype=pl.String), group=group[which], weight=weight)
 
 
-def read_val(args, n):
-    """--val-from -> its validation rows as select makes them, `row` -1, `at` from n on; their targets"""
+def read_val(args):
+    """--val-from -> its validation rows, `row` being -1, and their targets"""
     folder = args.val_from
     pairs, targets, summary = read_data(folder)
     is_val = (pairs["split"] == "val").to_numpy()
     pairs = pairs.filter(is_val)
     if not len(pairs) or not args.text_only and not all(Path(folder, f or "?").is_file() for f in pairs["image"]):
         sys.exit(f"--val-from {folder}: has no validation rows, or not all of their images")
+    if {pairs.schema.get(k) for k in ("width", "height")} != {pl.Int32}:
+        sys.exit(f"--val-from {folder}: pairs.parquet: width and height are not as clean.py writes them")
     if summary["text_model"] != find_encoder(args.text_model)[1]:
         sys.exit(f"--val-from {folder}: its targets are {summary['text_model']['name']}'s; name that --text-model")
-    return pairs.with_columns(row=pl.lit(-1, pl.Int64), at=n + pl.int_range(pl.len())), np.array(targets[is_val])
+    image = pl.lit(None, pl.String) if args.text_only else pl.col("image")
+    return pairs.with_columns(image=image, row=pl.lit(-1, pl.Int64)), np.array(targets[is_val])
 
 
 def copy_images(files, source, folder):
@@ -1997,6 +2002,8 @@ def main():
     work, old, cache = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.old"), out.parent / ".cache"
     lock = None if args.threshold_report else prepare_out(args, out, work)  # noqa: F841, held until main returns
 
+    val, y = read_val(args) if args.val_from else (None, None)
+
     # every source in one table, and the rules that need nothing else
     rows, unread, partial = read_inputs(args, out)
     funnel = Funnel(rows, unread)
@@ -2016,8 +2023,7 @@ def main():
     excluded = [repair(read_table(p, None, args.prompt_col, ("prompt",))["prompt"]).drop_nulls() for p in args.exclude]
     unique = funnel.left["prompt"].unique(maintain_order=True)
     x = encode_cached(pl.concat([unique, *excluded]).to_list(), args.text_model, cache=cache)
-    val, y = read_val(args, len(unique)) if args.val_from else (None, x[:0])
-    x, excluded = x[:len(unique)], np.concatenate([x[len(unique):], y])
+    x, excluded = x[:len(unique)], np.concatenate([x[len(unique):], *([y] if args.val_from else [])])
     at = pl.col("prompt").replace_strict(unique, pl.int_range(len(unique), eager=True), return_dtype=pl.Int64)
     funnel.left = funnel.left.with_columns(at=at, key=normalised(pl.col("prompt")).rank("dense"))
     if len(excluded):
@@ -2032,7 +2038,8 @@ def main():
     store = ImageStore(work, out, args.size, args.workers)
     pairs = select(funnel, x, store, args)
     if args.val_from:
-        pairs, x = pl.concat([pairs, val.select(pairs.columns)]), np.concatenate([x, y])
+        val = val.with_columns(at=len(x) + pl.int_range(pl.len()))
+        pairs, x = pl.concat([pairs, val.select(*pairs.columns, "weight")], how="diagonal"), np.concatenate([x, y])
         copy_images(val["image"].drop_nulls(), Path(args.val_from), work)
     pairs, targets = divide(pairs, x, args), x[pairs["at"]]
     split = pairs["split"].to_numpy()
@@ -2059,7 +2066,7 @@ def main():
                    "hashes": hashes, "recommend": recommend, "args": vars(args)}, f, indent=1)
     publish(work, out, old)
     print(f"wrote {out} ({len(pairs):,} rows)")
-    if args.text_only or not sizes["val"]:  # with which nothing can be trained
+    if args.text_only or not sizes["val"] or not sizes["train"]:  # with which nothing can be trained
         return print_next("predict.py", "path/to/images", "--corpus", out)
     warn_few(sizes["val"])
     print_next("train.py", "--phase", "lp", "--data", out)

@@ -22,6 +22,7 @@ from predict import (OF_ROWS, TTAModel, claim, describe, find_rows, mean_and_err
 from train import MEASURES, find_checkpoint, load_model, measures_of, pick_device, save_model
 
 BLOCK = 4096  # rows at a time: memory is the members and little else
+FEW_GROUPS = 10  # of prompts: fewer tell no standard error
 FOLDS = 5  # of the cross-validation, by group
 SOUP = "best.safetensors", "metrics.jsonl"
 RATED = "ids", "weight", "source"  # what measures of rows depend on
@@ -34,7 +35,7 @@ def key_of(preds):
 def group_files(folder):
     """The npz files of a folder, grouped by their ids -> files to average, files to fit on or None. Targets of the
     largest group (validation first) serve the largest other one (without targets first). Names what is left out."""
-    groups, keys = {}, {}
+    groups, keys, rated = {}, {}, set()
     for name in sorted(str(p) for p in Path(folder).glob("*.npz")):
         try:
             m = read_preds(name)
@@ -42,12 +43,13 @@ def group_files(folder):
             print(f"left out: {e}")
             continue
         if m["run"] != "ensemble":
-            keys[name], known = key_of(m), sum(m[k] is not None for k in ("targets", "weight"))
-            key = known, m["embeddings"].shape[1], frozenset(m["ids"].tolist())
+            keys[name] = key_of(m)
+            key = m["targets"] is not None, m["embeddings"].shape[1], frozenset(m["ids"].tolist())
             groups.setdefault(key, []).append(name)
+            rated |= {key} if m["weight"] is not None else set()  # of a validation split
     if not groups:
         sys.exit(f"{folder}/: no predictions there; make some with: python predict.py")
-    ranked = sorted(((known, len(names), names) for (known, *_), names in groups.items()), key=lambda g: g[:2])
+    ranked = sorted(((k[0] + (k in rated), len(names), names) for k, names in groups.items()), key=lambda g: g[:2])
     known, _, names = ranked.pop()
     other, _, others = min(ranked, key=lambda g: (g[0], -g[1]), default=(1, 0, ()))
     served = [name for name in others if partner(keys[name], [keys[n] for n in names]) is not None]
@@ -62,8 +64,8 @@ def group_files(folder):
 
 
 def load_members(names):
-    """Predictions joined by id -> dict: ids, x [M unit (N, D)], runs, keys [(checkpoint or run, views)], names, targets,
-    and OF_ROWS (N,), of which trained says whose prompts any member was trained on"""
+    """Predictions joined by id -> dict: ids, x [M unit (N, D)], runs, keys [(checkpoint or run, views)], names,
+    targets, and OF_ROWS (N,), of which trained says whose prompts any member was trained on"""
     ids, truth, about, x, runs, keys = None, None, {"trained": False}, [], [], []
     for name in names:  # one file at a time: the targets that each carries are not held
         m = read_preds(name)
@@ -190,7 +192,7 @@ def choose_weights(report, val, text, select_by):
     report |= {"n": n, used: mean_and_error(plain, groups, rows), "measure": kind, "scored_on": val["names"]}
     print(f"mean cosine{f' ({kind})' * (kind != 'cosine')} over the {n:,} rows of {', '.join(val['names'])}:")
     for member, name, c in zip(members, val["names"], a.unbind(1)):
-        member["cosine"], member["se"] = mean_and_error(c, groups, rows)
+        member["cosine"], (member["score"], member["se"]) = float(c.mean()), mean_and_error(c, groups, rows)
         print(f"{Path(name).stem}  {describe(c, groups, rows)}")
     label = "plain average" if used == "uniform" else "fixed weights"
     print(f"{label}  {describe(plain, groups, rows)}  (n = {n:,})")
@@ -201,12 +203,12 @@ def choose_weights(report, val, text, select_by):
         learned = cross_validate(fold, a, g, rows)
         report |= {k: mean_and_error(v, groups, rows) for k, v in (("learned", learned), ("gain", learned - plain))}
         gain, error = report["gain"]
-        pays = n >= FEW_ROWS and gain > 2 * error
+        pays = n >= FEW_ROWS and len(np.unique(groups)) >= FEW_GROUPS and gain > 2 * error
         weights, used = (fit(a, g, rows), "learned") if pays else (weights, used)
         gains = f"{fold.max() + 1} folds by group; over plain {gain:+.5f} ± {error:.5f}"
         print(f"learned weights  {describe(learned, groups, rows)}  ({gains})")
         print(f"used: {used} weights, because the learned ones {'beat' if pays else 'do not beat'} the plain average "
-              f"by two standard errors over at least {FEW_ROWS} rows")
+              f"by two standard errors over at least {FEW_ROWS} rows of {FEW_GROUPS} groups")
     for m, member in enumerate(members) if models > 1 else ():
         kept = [i for i in range(models) if i != m]
         rest = a[:, kept], g.reshape(n, models, models)[:, kept][:, :, kept].flatten(1)
@@ -225,13 +227,14 @@ def draw(file, report):
     labels += [k.replace("uniform", "plain average").replace("learned", "learned (cross-validated)") for k in mixes]
     ax = Figure(figsize=(8, 0.5 * len(labels) + 1.3), layout="constrained").subplots()
     if mixes:
-        scores = np.array([(m["cosine"], m["se"]) for m in members] + [report[k] for k in mixes])
+        scores = np.array([(m["score"], m["se"]) for m in members] + [report[k] for k in mixes])
         for y, (value, error) in enumerate(scores):
             ax.errorbar(value, y, xerr=error, fmt="o", capsize=3, color="#0072B2" if y < len(members) else "#D55E00")
             ax.annotate(f"{value:.4f} ± {error:.4f}", (value, y), (0, 6), textcoords="offset points", ha="center")
         low, high = (scores[:, 0] - scores[:, 1]).min(), scores.sum(1).max()
         pad = max(0.05 - (high - low), 0.4 * (high - low)) / 2  # never so narrow that noise looks like a difference
-        ax.set(xlim=(low - pad, high + pad), xlabel=f"mean cosine ({report['measure']}) ± standard error, n = {report['n']:,}")
+        label = f"mean cosine ({report['measure']}) ± standard error, n = {report['n']:,}"
+        ax.set(xlim=(low - pad, high + pad), xlabel=label)
     else:
         bars = ax.barh(range(len(members)), [m["weight"] for m in members], color="#0072B2")
         ax.bar_label(bars, fmt="%.3f", padding=5)
@@ -333,7 +336,8 @@ def combine(args, names, out, json_path, png_path, submission, locks):
         new = ~np.broadcast_to(test["trained"], len(own))
         scores = mean_and_error(own[new], None if groups is None else groups[new])
         report["output"] = {"cosine": scores[0], "se": scores[1], "n": int(new.sum())}
-        learned = " (the rows that its weights were learned on)" * (report["used"] == "learned" and not args.fit)
+        same = report["used"] == "learned" and {*val["ids"]} == {*test["ids"]}
+        learned = " (the rows that its weights were learned on)" * same
         print(f"this average on the {new.sum():,} rows of {', '.join(names)}{learned}: "
               f"cosine {scores[0]:.4f} ± {scores[1]:.4f}")
     report["members"] = [member | {"weight": w} for member, w in zip(report["members"], weights.tolist())]

@@ -102,8 +102,9 @@ def read_preds(path):
         unique = shapes and types and 0 < len({i.encode() for i in ids.tolist()}) == len(ids)
         if not (unique and 0 < x.shape[1] <= 4096):
             raise ValueError(f"needs unique text as ids {ids.shape} of embeddings {x.shape} and targets {y.shape}")
-        if not all(1e-9 < w < 1e9 for w in preds.get("weight", ())):
+        if not all(1e-9 <= w <= 1e9 for w in preds.get("weight", ())):
             raise ValueError("not every weight is in [1e-9, 1e9]")
+        preds |= {k: preds[k].astype(np.float64) for k in preds.keys() & {"weight"}}
     except Exception as e:  # a decoder
         sys.exit(f"{path}: not a predictions file ({reason(e)}); make one with: python predict.py --out {path}")
     for k in preds.keys() & {"embeddings", "targets"}:
@@ -487,7 +488,9 @@ def mean_and_error(values, groups=None, weights=None):
 
 
 def describe(cosines, groups=None, weights=None):
-    return "{:.4f} ± {:.4f}".format(*mean_and_error(cosines, groups, weights))
+    text = "{:.4f} ± {:.4f}".format(*mean_and_error(cosines, groups, weights))
+    one = groups is not None and len(np.unique(groups)) == 1
+    return text.split()[0] + " (one group of prompts, so no standard error)" if one else text
 
 
 def name_weights(meta, log):

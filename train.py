@@ -64,6 +64,7 @@ Add --data data/NAME, as written by clean.py; without it both train on the demo.
 """
 OF_MODEL = "model pretrained model_kwargs force_quick_gelu image_size image_mean image_std head"
 FT_ONLY = "init dry_run accum_freq mixgen layer_decay unfreeze_from ema grad_checkpointing"
+ADAM = "epochs lr wd warmup grad_clip_norm"
 RANGES = (  # low, high, flags: integers where low is one
     (0.0, 1, "hflip"), (0.0, 2, "balance"), (0.0, 0.5, "mixgen"), (1e-6, 1, "layer_decay"), (0.0, 0.999999, "ema"),
     (1e-12, 1e6, "lr"), (0.0, 1e9, "wd grad_clip_norm save_every"), (-10.0, 10, "image_mean"), (1e-4, 100, "image_std"),
@@ -704,7 +705,8 @@ def mixgen(images, targets, joined, lam=0.5):
 # ---------------------------------------------------- optimisation
 
 def loss_fn(predicted, targets, weights=1.0):
-    """1 - cosine of unit rows (B, 384), weighted (B,), float32 -> scalar: what is minimised and logged."""
+    """1 - cosine of unit rows (B, 384), weighted (B,), float32 -> scalar: what is minimised and logged, but for a
+    linear head in lp, which is ridge regression."""
     return (weights * (1 - (predicted * targets).sum(-1))).mean()
 
 
@@ -1230,8 +1232,9 @@ def find_start(args):
     """-> metadata of the checkpoint that ft starts from, and its "path"; None: the command line says what to build."""
     if args.phase == "lp":
         refuse(args, FT_ONLY, "for --phase ft; lp trains the head alone")
-        if args.head in (None, "linear") and (args.epochs or args.lr):
-            print("a linear head is ridge regression in lp; --epochs and --lr do nothing")
+        vain = [k for k in ADAM.split() if getattr(args, k) != getattr(parse_args(["--phase", "lp"]), k)]
+        if args.head in (None, "linear") and vain:
+            print(f"--{' --'.join(vain).replace('_', '-')}: no use to a linear head in lp, which is ridge regression")
     if args.phase == "lp" or args.init == "none":
         return None
     path = find_checkpoint(args.init or Path(args.out) / "lp", f" --data {args.data} --out {args.out}")
@@ -1285,6 +1288,9 @@ def check_settings(args, begin):
         sys.exit(f"--mixgen {args.mixgen}: blends {mixed:g} of a --batch-size of {args.batch_size}; must be whole")
     if begin and begin["text_model"] != summary["text_model"]:
         sys.exit(f"{args.data}: other targets than the start was trained for, {begin['text_model']['name']}'s")
+    if begin and not args.resume and begin["data_hashes"] != summary["hashes"]:
+        print(f"warning: {begin['path']} was trained on other data than {args.data} is now; what it has seen may be "
+              "among the validation rows, and score too well", file=sys.stderr)
     if args.wandb and not importlib.util.find_spec("wandb"):
         sys.exit("--wandb: not installed; pip install wandb")
     if args.resume and begin["data_hashes"] != summary["hashes"]:

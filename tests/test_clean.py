@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -447,19 +448,28 @@ def test_weights_and_a_validation_that_stays(raw, tmp_path):
         made[name] = pairs, targets, _ = clean.read_data(tmp_path / name)
         train, x = (pairs["split"] == "train").to_numpy(), targets.astype(np.float64)
         near = (x @ x[train].T >= (.6 if name == "b" else .5)).sum(1).clip(1)
-        assert np.allclose(pairs["weight"], 1 / near / (1 / near[train]).mean())
+        own = (pairs["split"] != "val").to_numpy() | (name != "c")
+        assert np.allclose(pairs["weight"].filter(own), (1 / near / (1 / near[train]).mean())[own])
         assert (x[train] @ x[(pairs["split"] == "val").to_numpy()].T).max() < .7
     (a, x, _), (b, *_), (c, z, _) = made.values()
     val = {name: set(p.filter(split="val")["prompt"]) for name, (p, *_) in made.items()}
     assert len(val["a"] & val["b"]) > .7 * len(val["a"]), "a permutation would keep a fifth"
-    same = ["image", "prompt", "source", "width", "height", "origin"]
+    same = ["image", "prompt", "source", "width", "height", "origin", "weight"]
     assert a.filter(split="val").select(same).equals(c.filter(split="val").select(same))
     assert (x[(a["split"] == "val").to_numpy()] == z[(c["split"] == "val").to_numpy()]).all()
     for image in c["image"]:
         assert (tmp_path / "c" / image).is_file()
     gone = pl.read_parquet(tmp_path / "c/dropped.parquet").filter(rule="excluded")
     assert val["c"] <= set(gone["prompt"]) and gone["cosine"].min() >= .7
-    for other, word in ((raw, "not a finished"), (tmp_path / "none", "no such file"), (tmp_path / "c", "overlaps")):
+    shutil.copytree(tmp_path / "a", tmp_path / "odd")
+    next((tmp_path / "odd" / image).unlink() for image in a.filter(split="val")["image"])
+    shutil.copytree(tmp_path / "a", tmp_path / "other")
+    summary = json.loads((tmp_path / "other/summary.json").read_text())
+    (tmp_path / "other/summary.json").write_text(json.dumps(summary | {"text_model": {"name": "x", "sha256": ""}}))
+    command("clean.py", tmp_path / "a.csv", "--out", tmp_path / "text", "--text-only", "--val-from", tmp_path / "odd")
+    assert clean.read_data(tmp_path / "text")[0]["image"].null_count() == len(clean.read_data(tmp_path / "text")[0])
+    for other, word in ((tmp_path / "odd", "not all of their images"), (tmp_path / "other", "targets are x's"),
+                        (raw, "not a finished"), (tmp_path / "none", "no such file"), (tmp_path / "c", "overlaps")):
         done = command("clean.py", tmp_path / "a.csv", "--out", tmp_path / "c", "--val-from", other, "--overwrite", ok=False)
         assert word in done.stderr
 

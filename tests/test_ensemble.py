@@ -117,7 +117,7 @@ def test_learned_weights_are_used_where_they_pay(known, write, go):
 
 def test_chart():
     """Every score with its error, on an axis that does not make noise look like a difference; else weights from 0."""
-    members = [{"name": name, "weight": w, "cosine": 0.7 + w / 1000, "se": 1e-4}
+    members = [{"name": name, "weight": w, "score": 0.7 + w / 1000, "se": 1e-4}
                for name, w in (("a", -0.25), (ODD_NAME, 0.75))]
     report = {"members": members, "used": "uniform", "n": 1234, "measure": "both", "uniform": [0.701, 2e-4], "learned": [0.702, 3e-4]}
     for spread in (0, 0.5):
@@ -186,9 +186,9 @@ def test_fit_is_matched_by_run(known, write, go):
 
 def test_scores_name_their_rows(known, write, go):
     """With --fit the members' scores are those of the --fit files, and the average is scored on its own rows."""
-    val, (y, xs) = write("val"), known
+    val, (y, xs), ids = write("val"), known, np.array([f"t{i}" for i in range(N)])
     for m in range(2):
-        predict.write_preds(f"test{m}.npz", ids=np.array(names(range(N))), embeddings=xs[m + 1], targets=y, run="other",
+        predict.write_preds(f"test{m}.npz", ids=ids, embeddings=xs[m + 1], targets=y, run="other",
                             checkpoint=f"{m:016x}", groups=np.arange(N) // 2)
     done = go("test0.npz", "test1.npz", "--fit", *val[:2])
     assert f"mean cosine over the {N} rows of {val[0]}, {val[1]}:\nm0  0." in done.printed
@@ -196,6 +196,16 @@ def test_scores_name_their_rows(known, write, go):
     own = predict.mean_and_error((done.embeddings * y).sum(1), np.arange(N) // 2)
     assert f"average on the {N} rows of test0.npz, test1.npz: cosine {own[0]:.4f} ± {own[1]:.4f}" in done.printed
     assert far([done.output["cosine"], done.output["se"]], own) < 1e-5
+    new = np.arange(N) % 3 > 0  # the others were trained on
+    predict.write_preds("test0.npz", ids=ids, embeddings=xs[1], targets=y, run="other", trained=~new,
+                        checkpoint=f"{0:016x}", groups=np.arange(N) // 2)
+    some = go("test0.npz", "test1.npz", "--fit", *val[:2])
+    own = predict.mean_and_error((some.embeddings * y).sum(1)[new], (np.arange(N) // 2)[new])
+    assert far([some.output["cosine"], some.output["se"]], own) < 1e-5 and some.output["n"] == new.sum()
+    alone = go("test0.npz", "test1.npz")
+    want = predict.mean_and_error((xs[1] * y).sum(1)[new], (np.arange(N) // 2)[new])
+    assert far([alone.members[0]["score"], alone.members[0]["se"]], want) < 1e-5
+    assert "(the rows that its weights" in go(*val, "--fit", *val).printed
     alone = go(*val)  # there the weights have seen the rows
     assert alone.used == "learned" and "(the rows that its weights were learned on): cosine 0." in alone.printed
 
@@ -211,7 +221,11 @@ def test_rows_count_by_their_weight(known, write, go):
                             groups=np.arange(N), weight=heavy, source=np.array(["a", *["b"] * (N - 1)]))
     even, uneven = go("w0.npz", "w1.npz", "--select-by", "cosine"), go("w0.npz", "w1.npz", "--select-by", "balanced")
     assert uneven.used == "learned" and uneven.weights[0] > 0.9 and abs(even.weights[0] - 0.5) < 0.1
-    assert far(uneven.members[0]["cosine"], np.average((xs[0] * y).sum(1), weights=heavy)) < 1e-5
+    assert far(uneven.members[0]["score"], np.average((xs[0] * y).sum(1), weights=heavy)) < 1e-5
+    assert far(uneven.members[0]["cosine"], (xs[0] * y).sum(1).mean()) < 1e-5
+    a, g = ensemble.gram([torch.from_numpy(x) for x in xs], torch.from_numpy(y))
+    lost = ensemble.cosines(torch.tensor(uneven.weights), a, g) - a[:, 1]
+    assert far(uneven.members[0]["leave_one_out"], np.average(lost, weights=heavy)) < 1e-5
     assert "mean cosine (balanced) over" in uneven.printed and (uneven.measure, even.measure) == ("balanced", "cosine")
     assert go("w0.npz", "w1.npz").measure == "both" and go("w0.npz", "--select-by", "sources").measure == "sources"
     assert far(uneven.weight, heavy) == 0 and go(*write("plain")).measure == "cosine"

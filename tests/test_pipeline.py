@@ -25,7 +25,12 @@ def test_end_to_end(trained, tmp_path):
         done = command("predict.py", "--run", trained, "--tta", n, "--workers", 1, "--precision", "fp32", cwd=tmp_path)
         assert re.search(r"^val cosine 0\.\d{4} ± 0\.\d{4} \(n = 40\); constant baseline 0\.\d{4}$", done.stdout, re.M)
     one, two = (predict.read_preds(tmp_path / f"preds/tiny-ft-tta{n}.npz") for n in (1, 2))
-    measured = predict.measures({k: one[k] for k in ("ids", "weight", "source")})["both"]
+    measures, scores = predict.measures({k: one[k] for k in ("ids", "weight", "source")}), predict.read_preds(
+        tmp_path / "preds/tiny-ft-tta2.npz")
+    scores = (scores["embeddings"] * scores["targets"]).sum(1), scores["groups"]
+    for kind in ("balanced", "both"):
+        assert f"\nval {kind} {predict.describe(*scores, measures[kind])}; constant" in done.stdout, "clustered, too"
+    measured = measures["both"]
     assert abs((one["embeddings"] * one["targets"]).sum(1) @ measured - ft[-1]["best"]) < 1e-4, "what training measured"
     assert (one["ids"] == two["ids"]).all() and np.abs(one["embeddings"] - two["embeddings"]).max() > 1e-4
     assert "plain average" in command("ensemble.py", "--submission", "s.csv", cwd=tmp_path).stdout

@@ -199,6 +199,7 @@ def test_standard_errors_are_clustered():
     assert far(predict.mean_and_error(c), [c.mean(), c.std(ddof=1) / 50 ** 0.5]) < 1e-12
     assert predict.mean_and_error([0.5]) == [0.5, 0]
     assert far(predict.mean_and_error(c.repeat(3), np.arange(150) // 3), predict.mean_and_error(c)) < 1e-12
+    assert predict.describe([.5, .7], [3, 3]) == "0.6000 (one group of prompts, so no standard error)"
     w = rng.integers(1, 4, 50)
     assert far(predict.mean_and_error(c, groups, w), predict.mean_and_error(c.repeat(w), groups.repeat(w))) < 1e-12
     spread = [predict.mean_and_error(rng.standard_normal(20)[groups], groups) for _ in range(2000)]  # of known truth
