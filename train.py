@@ -1162,8 +1162,8 @@ def finetune(model, run, last=None):
 # ------------------------------------------------------------ main
 
 def parse_args(argv=None):
-    def unset(key):
-        return f"unset = {DEFAULTS['lp'][key]:g} for lp --head mlp, {DEFAULTS['ft'][key]:g} for ft"
+    def unset(key, lp="lp --head mlp"):
+        return f"unset = {DEFAULTS['lp'][key]:g} for {lp}, {DEFAULTS['ft'][key]:g} for ft"
 
     p = make_parser(__doc__)
     add = p.add_argument
@@ -1188,7 +1188,7 @@ def parse_args(argv=None):
     add("--head", choices=HEADS, help="unset = linear; mlp: 16 * 1024 wide, BatchNorm, ReLU")
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, help=unset("epochs"))
-    add("--batch-size", type=int, help=f"of one micro-batch on one device; {unset('batch_size')}")
+    add("--batch-size", type=int, help=f"of one micro-batch on one device; {unset('batch_size', 'lp')}")
     add("--lr", type=float, help=f"peak learning rate; {unset('lr')}")
     add("--wd", type=float, default=0.01, help="weight decay of matrices")
     add("--warmup", type=int, help=f"steps, at most a fifth of the run; {unset('warmup')}")
