@@ -25,7 +25,6 @@ BLOCK = 4096  # rows at a time: memory is the members and little else
 FEW_GROUPS = 10  # of prompts: fewer tell no standard error
 FOLDS = 5  # of the cross-validation, by group
 SOUP = "best.safetensors", "metrics.jsonl"
-RATED = "ids", "weight", "source"  # what measures of rows depend on
 
 
 def key_of(preds):
@@ -181,7 +180,7 @@ def choose_weights(report, val, text, select_by):
         return weights, used
     a, g = gram(val["x"], val["targets"])
     groups = np.arange(len(a)) if val["groups"] is None else val["groups"]
-    kinds = measures({k: val[k] for k in RATED})
+    kinds = measures(len(a), val["weight"], val["source"])
     kind = select_by if select_by in kinds else "cosine"
     rows = kinds[kind]
     if np.any(val["trained"]):
@@ -332,14 +331,13 @@ def combine(args, names, out, json_path, png_path, submission, locks):
 
     embeddings = average(test["x"], weights).numpy()
     if test["targets"] is not None and not np.all(test["trained"]):
-        own, groups = (test["targets"].numpy() * embeddings).sum(1), test["groups"]
+        own = (test["targets"].numpy() * embeddings).sum(1)
         new = ~np.broadcast_to(test["trained"], len(own))
-        scores = mean_and_error(own[new], None if groups is None else groups[new])
-        report["output"] = {"cosine": scores[0], "se": scores[1], "n": int(new.sum())}
+        own, groups = own[new], None if test["groups"] is None else test["groups"][new]
+        report["output"] = dict(zip(("cosine", "se", "n"), [*mean_and_error(own, groups), len(own)]))
         same = report["used"] == "learned" and {*val["ids"]} == {*test["ids"]}
         learned = " (the rows that its weights were learned on)" * same
-        print(f"this average on the {new.sum():,} rows of {', '.join(names)}{learned}: "
-              f"cosine {scores[0]:.4f} ± {scores[1]:.4f}")
+        print(f"this average on the {len(own):,} rows of {', '.join(names)}{learned}: cosine {describe(own, groups)}")
     report["members"] = [member | {"weight": w} for member, w in zip(report["members"], weights.tolist())]
     check_rows(embeddings, f"--weights {args.weights}")
     write_all(locks, {

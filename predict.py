@@ -466,13 +466,12 @@ def write_texts(texts, neighbors, problems, locks):
     print(f"wrote {problems.count(''):,} texts beside the images; clean.py and predict.py read them as true prompts")
 
 
-def measures(rows):
-    """What means of cosines are scores, as train.measures_of -> {name: weights (N,) of sum 1}; but for "cosine", where
-    every row counts the same, only if `rows` knows their weight and source. rows: OF_ROWS and ids or targets"""
-    n = len(next(v for v in rows.values() if v is not None))
-    if rows.get("weight") is None:
+def measures(n, weight=None, source=None):
+    """What means of the cosines of n rows are scores, as train.measures_of -> {name: weights (n,) of sum 1}; only
+    "cosine", where every row counts the same, if their weight (n,) is not known."""
+    if weight is None:
         return {"cosine": np.full(n, 1 / n)}
-    table = pl.DataFrame({"split": ["val"] * n, "weight": rows["weight"], "source": rows["source"]})
+    table = pl.DataFrame({"split": ["val"] * n, "weight": weight, "source": source})
     return {name[4:]: w for name, w in measures_of(table).items()}
 
 
@@ -516,7 +515,7 @@ def print_scores(name, scores, targets, mean, about):
     for part, rows in parts.items():
         print(f"{name}{part}cosine {describe(scores[rows], groups[rows])} (n = {len(scores[rows]):,}); "
               f"constant baseline {constant[rows].mean():.4f}")
-    for kind, w in list(measures(about).items())[1:]:
+    for kind, w in list(measures(len(scores), about["weight"], about["source"]).items())[1:]:
         print(f"{name}{kind} {describe(scores, groups, w)}; constant baseline {w @ constant:.4f}")
     if "" not in parts:
         print("what was trained on, or has a prompt close to it, says nothing about new images")

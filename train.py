@@ -1221,20 +1221,24 @@ def key_value(item):
         return key, value
 
 
+def flags_given(args, keys):
+    """Which of these flags were given -> "--model --head", or an empty string"""
+    unset = parse_args(["--phase", args.phase])
+    return " ".join(f"--{k.replace('_', '-')}" for k in keys.split() if getattr(args, k) != getattr(unset, k))
+
+
 def refuse(args, keys, why):
     """Exit if one of these flags was given."""
-    unset = parse_args(["--phase", args.phase])
-    if given := [k for k in keys.split() if getattr(args, k) != getattr(unset, k)]:
-        sys.exit(f"--{' --'.join(given).replace('_', '-')}: {why}")
+    if given := flags_given(args, keys):
+        sys.exit(f"{given}: {why}")
 
 
 def find_start(args):
     """-> metadata of the checkpoint that ft starts from, and its "path"; None: the command line says what to build."""
     if args.phase == "lp":
         refuse(args, FT_ONLY, "for --phase ft; lp trains the head alone")
-        vain = [k for k in ADAM.split() if getattr(args, k) != getattr(parse_args(["--phase", "lp"]), k)]
-        if args.head in (None, "linear") and vain:
-            print(f"--{' --'.join(vain).replace('_', '-')}: no use to a linear head in lp, which is ridge regression")
+        if args.head in (None, "linear") and (vain := flags_given(args, ADAM)):
+            print(f"{vain}: no use to a linear head in lp, which is ridge regression")
     if args.phase == "lp" or args.init == "none":
         return None
     path = find_checkpoint(args.init or Path(args.out) / "lp", f" --data {args.data} --out {args.out}")

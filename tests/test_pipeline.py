@@ -25,7 +25,7 @@ def test_end_to_end(trained, tmp_path):
         done = command("predict.py", "--run", trained, "--tta", n, "--workers", 1, "--precision", "fp32", cwd=tmp_path)
         assert re.search(r"^val cosine 0\.\d{4} ± 0\.\d{4} \(n = 40\); constant baseline 0\.\d{4}$", done.stdout, re.M)
     one, two = (predict.read_preds(tmp_path / f"preds/tiny-ft-tta{n}.npz") for n in (1, 2))
-    measures, scores = predict.measures({k: one[k] for k in ("ids", "weight", "source")}), predict.read_preds(
+    measures, scores = predict.measures(len(one["ids"]), one["weight"], one["source"]), predict.read_preds(
         tmp_path / "preds/tiny-ft-tta2.npz")
     scores = (scores["embeddings"] * scores["targets"]).sum(1), scores["groups"]
     for kind in ("balanced", "both"):
