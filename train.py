@@ -211,6 +211,9 @@ def build_backbone(spec, weights=None):
     text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}  # required, and thrown away
     clip = open_clip.CLIP(config["embed_dim"], vision, text, quick_gelu=spec["quick_gelu"])
     clip.visual.proj, clip.visual.output_tokens = None, False  # features before the contrastive projection
+    for mlp in clip.visual.modules():
+        if type(getattr(mlp, "gelu", None)).__name__ == "QuickGELU" and [*mlp._modules] == ["c_fc", "gelu", "c_proj"]:
+            mlp.__class__ = QuickMLP
     for part in ("drop", "proj", "mlp"):  # where open_clip wraps a timm backbone; its head may pool, too
         if hasattr(getattr(clip.visual, "head", None), part):
             delattr(clip.visual.head, part)
@@ -219,6 +222,15 @@ def build_backbone(spec, weights=None):
     if hasattr(clip.visual, "trunk") and size != config["vision_cfg"].get("image_size", 224):
         clip.visual.set_input_size(size)  # timm builds, and so loads, at its own size
     return clip.visual
+
+
+class QuickMLP(nn.Sequential):
+    """open_clip's MLP with QuickGELU. Because x sigmoid(1.702 x) = silu(1.702 x) / 1.702, weights can be scaled instead
+    of activations, which leaves one kernel of three, and one tensor of two to keep for the backward pass."""
+
+    def forward(self, x):
+        x = F.silu(F.linear(x, 1.702 * self.c_fc.weight, 1.702 * self.c_fc.bias))
+        return F.linear(x, self.c_proj.weight / 1.702, self.c_proj.bias)
 
 
 def load_visual(visual, weights, path):
@@ -686,7 +698,8 @@ def load_batch(images, rows, mirrored, model, run, encoder):
     x = model.normalise(next(images).to(device, non_blocking=True))
     y, w = (torch.from_numpy(v[rows]).to(device, non_blocking=True) for v in (data.targets, data.weights))
     if args.hflip:
-        x = torch.where(torch.from_numpy(mirrored).to(device)[:, None, None, None], x.flip(-1), x)
+        mirrored = torch.from_numpy(mirrored).to(device, non_blocking=True)  # else the host would wait for the GPU
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
     if m := int(args.mixgen * args.batch_size + 1e-6):
         joined = [f"{data.prompts[a]} {data.prompts[b]}" for a, b in zip(rows[:m], rows[m:2 * m])]
         x, y = mixgen(x, y, torch.from_numpy(encode(joined, encoder)).to(device))
@@ -1358,6 +1371,9 @@ def main():
         _, stopped = (linear_probe(model, run), 0) if lp else finetune(model, run, last)
     except BadImage as e:  # out of a loader worker it comes wrapped in its traceback
         sys.exit(f"{str(e).strip().splitlines()[-1].split('BadImage: ')[-1]}; make the data folder again with clean.py")
+    except torch.OutOfMemoryError as e:  # of a GPU
+        more = "" if lp else ", with a higher --accum-freq if it must count as much, or add --grad-checkpointing"
+        sys.exit(f"--batch-size {args.batch_size}: takes more memory than the GPU has ({reason(e)}); lower it{more}")
     if world > 1:
         dist.destroy_process_group()
     if stopped:

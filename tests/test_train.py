@@ -137,8 +137,8 @@ def edit(file, **keys):
     file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
 
 
-def build(model=TINY):
-    args = ["--phase", "lp", "--model", model, "--pretrained", "none", "--image-size", "32"]
+def build(model=TINY, more=()):
+    args = ["--phase", "lp", "--model", model, "--pretrained", "none", "--image-size", "32", *more]
     return train.Model(*train.make_backbone(train.parse_args(args)))
 
 
@@ -383,6 +383,48 @@ def test_timm_computes_what_open_clip_computes():
         weights = checkpoint_filter_fn(published, train.build_backbone(spec))
         found = train.build_backbone(spec, weights).eval()(images)
         assert ((found - clip(images)).abs().max() < 1e-5) == same, name
+
+
+def test_quick_mlp():
+    """What stands in for open_clip's MLP with QuickGELU computes the same function and gradients, under the same names,
+    and keeps one tensor of the hidden width less for the backward pass. GELU is left alone."""
+    ours = build(more=["--force-quick-gelu"]).backbone.double()
+    assert not any(isinstance(m, train.QuickMLP) for m in build().backbone.modules())
+    theirs, kept, found = build(more=["--force-quick-gelu"]).backbone.double(), [], []
+    for block in theirs.transformer.resblocks:
+        assert type(block.mlp) is train.QuickMLP
+        block.mlp.__class__ = torch.nn.Sequential
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for model in (ours, theirs):
+        kept.append(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+
+        def pack(t):
+            kept[-1] += t.shape == (4, 17, 256)
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(x)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert [*ours.state_dict()] == [*theirs.state_dict()] and len(found[0]) > 20
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert kept[1] - kept[0] >= 2, "one in each of two blocks"
+
+
+def test_operators_of_a_step():
+    """Training and inference reach fused attention, never torch's unfused fast path, and QuickGELU is one operator."""
+    model, found = build(more=["--force-quick-gelu"]), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append(func.__name__.split(".")[0])
+            return func(*args, **kwargs or {})
+    with Record(), torch.autocast("cpu", torch.bfloat16):
+        model.train()(torch.zeros(4, 3, 32, 32)).sum().backward()
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    assert [found.count(op) for op in (flash, f"{flash}_backward", "silu", "silu_backward", "sigmoid")] == [2] * 4 + [0]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
@@ -776,14 +818,21 @@ def typo(*args, **kwargs):
 
 @pytest.mark.parametrize("name, bug, workers", [
     ("to_square", typo, 0), ("to_square", typo, 1), ("loss_fn", typo, 0), ("HEADS", {"linear": typo}, 0),
-    ("HEADS", {"linear": type("Typo", (torch.nn.Linear,), {"forward": typo})}, 0),
-    ("lr_at", mock.Mock(side_effect=torch.OutOfMemoryError("undefined_name")), 0)])
+    ("HEADS", {"linear": type("Typo", (torch.nn.Linear,), {"forward": typo})}, 0)])
 def test_a_bug_shows_its_line(name, bug, workers, ft, tmp_path, monkeypatch):
-    """A forker's typo keeps its traceback, out of a loader worker too; so does running out of memory."""
+    """A forker's typo keeps its traceback, out of a loader worker too."""
     monkeypatch.setattr(train, name, bug)
-    with pytest.raises((NameError, torch.OutOfMemoryError), match="undefined_name") as e:
+    with pytest.raises(NameError, match="undefined_name") as e:
         run(*ft, "--workers", workers, "--out", tmp_path)
     assert not workers or "in typo" in str(e.value), "the worker's traceback is in the message"
+
+
+def test_a_full_gpu_is_one_line(ft, data, tmp_path, monkeypatch):
+    """It names the flag to lower; what only ft has is advised only there."""
+    monkeypatch.setattr(train.Model, "normalise", mock.Mock(side_effect=torch.OutOfMemoryError("Tried to get 9 GiB.\n")))
+    for args, more in ((ft, True), ([*LP, "--data", data], False)):
+        said = run(*args, "--batch-size", 16, "--out", tmp_path / "full", code=1)
+        assert "--batch-size 16: takes" in said and "9 GiB" in said and ("--grad-checkpointing" in said) == more
 
 
 def test_unreadable_image_stops(ft, data, copy, tmp_path):
