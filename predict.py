@@ -41,7 +41,8 @@ from clean import (CONTROL, MAX_RATIO, BadImage, atomic, check_ranges, check_row
                    open_rgb, print_next, read_data, read_source, read_table, reason, run, sha256, sweep, top_k, walk,
                    warn_few, writing)
 from train import (DTYPES, ImageDataset, cast_backbone, centre_crop, find_checkpoint, kill_workers, load_meta,
-                   load_model, make_loader, measures_of, pick_device, pick_precision, split_batches, to_square)
+                   load_model, make_loader, measures_of, out_of_memory, pick_device, pick_precision, split_batches,
+                   to_square)
 
 
 def zoom(image, share=0.8):
@@ -360,7 +361,7 @@ def embed(model, images, size):
         try:
             return torch.cat([model(x.to(model.device, non_blocking=True)).cpu() for x in images.split(size)]), size
         except RuntimeError as e:  # a submission must not die of this
-            if size == 1 or not (isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)):
+            if size == 1 or not out_of_memory(e):
                 raise
         size = -(-size // 2)
         torch.cuda.empty_cache()

@@ -754,6 +754,12 @@ def pick_precision(name, device, model):
     return "amp_bf16" if has_bf16("cpu") and not depthwise else "fp32"
 
 
+def out_of_memory(e):
+    """Does this RuntimeError tell of a full GPU, or of a CPU's memory?"""
+    return isinstance(e, torch.OutOfMemoryError) or bool(
+        re.search("out of memory|(can't|cannot) allocate memory|not enough memory|ALLOC_FAILED", str(e)))
+
+
 def autocast(device, precision):
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
@@ -1371,9 +1377,12 @@ def main():
         _, stopped = (linear_probe(model, run), 0) if lp else finetune(model, run, last)
     except BadImage as e:  # out of a loader worker it comes wrapped in its traceback
         sys.exit(f"{str(e).strip().splitlines()[-1].split('BadImage: ')[-1]}; make the data folder again with clean.py")
-    except torch.OutOfMemoryError as e:  # of a GPU
-        more = "" if lp else ", with a higher --accum-freq if it must count as much, or add --grad-checkpointing"
-        sys.exit(f"--batch-size {args.batch_size}: takes more memory than the GPU has ({reason(e)}); lower it{more}")
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        advice = "lower it" if lp else "lower it and raise --accum-freq, or add --grad-checkpointing"
+        advice = "start again with --overwrite and a lower one" if args.resume else advice
+        sys.exit(f"--batch-size {args.batch_size}: takes more memory than is there ({reason(e)}); {advice}")
     if world > 1:
         dist.destroy_process_group()
     if stopped:

@@ -14,7 +14,7 @@ def numbers(value):
 def test_every_part_of_gpu(tmp_path):
     command("tests/bench/gpu.py", "--tiny", "--out", tmp_path / "gpu.json")
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(found) == "machine ft profile correct frozen predict loader plain search compile project".split()
+    assert list(found) == "machine ft profile correct frozen predict loader compile project search plain".split()
     for part, result in found.items():
         assert "error" not in result, (part, result["error"])
         assert result["rows"] and all(map(math.isfinite, numbers({i: r for i, r in enumerate(result["rows"])}))), part

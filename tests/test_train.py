@@ -828,11 +828,18 @@ def test_a_bug_shows_its_line(name, bug, workers, ft, tmp_path, monkeypatch):
 
 
 def test_a_full_gpu_is_one_line(ft, data, tmp_path, monkeypatch):
-    """It names the flag to lower; what only ft has is advised only there."""
-    monkeypatch.setattr(train.Model, "normalise", mock.Mock(side_effect=torch.OutOfMemoryError("Tried to get 9 GiB.\n")))
-    for args, more in ((ft, True), ([*LP, "--data", data], False)):
-        said = run(*args, "--batch-size", 16, "--out", tmp_path / "full", code=1)
+    """It names the flag to lower; what only ft has is advised only there. A bug that speaks of memory is a bug."""
+    full, args = mock.Mock(), (ft, [*LP, "--data", data])
+    monkeypatch.setattr(train.Model, "normalise", full)
+    for flags, error, more in ((args[0], torch.OutOfMemoryError("Tried to get 9 GiB.\n"), True),
+                               (args[0], RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED (9 GiB)"), True),
+                               (args[1], torch.OutOfMemoryError("Tried to get 9 GiB.\n"), False)):
+        full.side_effect = error
+        said = run(*flags, "--batch-size", 16, "--out", tmp_path / "full", code=1)
         assert "--batch-size 16: takes" in said and "9 GiB" in said and ("--grad-checkpointing" in said) == more
+    full.side_effect = RuntimeError("refers to a single memory location")
+    with pytest.raises(RuntimeError, match="single memory location"):
+        run(*ft, "--out", tmp_path / "full")
 
 
 def test_unreadable_image_stops(ft, data, copy, tmp_path):

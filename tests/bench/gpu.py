@@ -108,11 +108,14 @@ def seconds(job, times=1):
     return statistics.median(took), result
 
 
-def steady(job, few, many):
-    """Images/s of job(n images), without what it takes to start"""
+def steady(b, job):
+    """Images/s of job(n images, in batches of b.batch // 2), without what it takes to start. The shorter run has a
+    batch for every worker, else it would decode for as long as the longer one"""
     free()
-    first, whole = (seconds(lambda: job(n))[0] for n in (few, many))
-    return (many - few) / max(1e-3, whole - first)
+    jpegs(b, 1)  # drawn before the clock starts
+    few = b.workers * (b.batch // 2)
+    first, whole = (seconds(lambda: job(n))[0] for n in (few, 4 * few))
+    return 3 * few / max(1e-3, whole - first)
 
 
 @functools.cache
@@ -140,7 +143,7 @@ def unit_rows(n):
 def jpegs(b, n):
     """n paths of 336-px JPEGs with the detail of real ones; of no more than 500 files, which changes nothing"""
     rng = np.random.default_rng(0)
-    for _ in range(0 if (b.tmp / "data").exists() else min(b.images, 500)):
+    for _ in range(0 if (b.tmp / "data").exists() else b.images):
         rough = Image.fromarray(rng.integers(0, 256, (42, 42, 3), dtype=np.uint8)).resize((336, 336), Image.BICUBIC)
         grain = np.asarray(rough, np.int16) + rng.integers(-12, 13, (336, 336, 1))
         clean.store_image(Image.fromarray(grain.clip(0, 255).astype(np.uint8)), b.tmp / "data", 336)
@@ -203,13 +206,13 @@ def finetune(model, device, flags, load, watch, batch, rows=64):
 def attempt(job, b, size, *args, batch=None, **kwargs):
     """job(b, size, ..., batch), whose batch is halved until memory suffices, unless one is named -> its row"""
     free()
+    set_tf32(True)
     try:
         return job(b, size, *args, batch=batch or b.batch, **kwargs) | {"batch": batch or b.batch}
     except RuntimeError as e:  # the next row runs
-        failed = {"failed": f"batch {batch or b.batch}: {e!r}"[:200]}
-    full = not batch and b.batch > 16 and re.search("memory|ALLOC_FAILED", failed["failed"])
+        failed, full = {"failed": f"batch {batch or b.batch}: {e!r}"[:200]}, train.out_of_memory(e)
     smaller = SimpleNamespace(**vars(b) | {"batch": b.batch // 2})
-    return (attempt(job, smaller, size, *args, **kwargs) if full else {}) | failed
+    return (attempt(job, smaller, size, *args, **kwargs) if full and not batch and b.batch > 16 else {}) | failed
 
 
 def ft_row(b, size, flags="", batch=None, load=None, model=None):
@@ -245,9 +248,7 @@ def plain_row(b, size, tf32, training=True, batch=None):
             loss.backward()
             optimizer.step()
     seconds(step)
-    rate = batch / seconds(step, b.every)[0]
-    set_tf32(True)
-    return {"images_per_s": rate, "memory_gib": peak_gib()}
+    return {"images_per_s": batch / seconds(step, 2)[0], "memory_gib": peak_gib()}
 
 
 def inference_model(b, size):
@@ -288,22 +289,23 @@ def ft(b):
     gelu = make_model(b.model, size, b.device, "--image-mean", "0.5", "0.5", "0.5")
     yield {"what": f"{size} GELU", **attempt(ft_row, b, size, model=gelu)}
     yield from compiled(b, [size])
+    brief = SimpleNamespace(**vars(b) | {"every": 2})
     for size in b.sizes:  # the largest batch that fits
         for batch in (2 * b.batch, 4 * b.batch):
-            row = attempt(ft_row, b, size, batch=batch)
+            row = attempt(ft_row, brief, size, batch=batch)
             yield {"what": f"{size} batch {batch}", **row}
             if "failed" in row:
                 break
 
 
 def compiled(b, sizes=()):
-    """The last part is what can best be missed: it compiles for minutes"""
+    """As a part of its own what can best be missed: it compiles for minutes"""
     for size in sizes or b.sizes[1:]:
+        torch._dynamo.reset()
         yield {"what": f"{size} --compile", **attempt(ft_row, b, size, "--compile")}
+    for size in () if sizes else b.sizes[:1]:
         torch._dynamo.reset()
-    for size in () if sizes else b.sizes:
         yield {"what": f"{size} frozen --compile", **attempt(frozen_row, b, size, compiled=True, batch=2 * b.batch)}
-        torch._dynamo.reset()
 
 
 def plain(b):
@@ -312,14 +314,15 @@ def plain(b):
         found = defaultdict(list)
         for _ in range(b.rounds):
             found["ours"].append(attempt(ft_row if training else frozen_row, b, size))
-            found["float32"].append(attempt(plain_row, b, size, False, training=training))
-            if b.device.type == "cuda":
-                found["TF32"].append(attempt(plain_row, b, size, True, training=training))
+            for tf32 in (True, False) if b.device.type == "cuda" else (False,):
+                found["TF32" if tf32 else "float32"].append(attempt(plain_row, b, size, tf32, training=training))
         for name, rows in found.items():
-            ratios = [x["images_per_s"] / y["images_per_s"] for x, y in zip(found["ours"], rows)]
-            yield {"what": f"{size} {'ft' if training else 'frozen'}, {name}", **rows[0],
-                   "images_per_s": statistics.median(row["images_per_s"] for row in rows),
-                   "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+            pairs = [(x["images_per_s"], y["images_per_s"]) for x, y in zip(found["ours"], rows) if len(x) > 1 < len(y)]
+            row = {"what": f"{size} {'ft' if training else 'frozen'}, {name}", **rows[0]}
+            if ratios := sorted(x / y for x, y in pairs):  # a row that failed has nothing else
+                row |= {"images_per_s": statistics.median(y for _, y in pairs), "ratio": statistics.median(ratios),
+                        "lowest": ratios[0], "highest": ratios[-1]}
+            yield row
 
 
 def profile(b):
@@ -329,11 +332,12 @@ def profile(b):
     prof = torch.profiler.profile(activities=[kinds.CPU, *[kinds.CUDA] * cuda])
 
     def watch(step, row):  # at steps 5 and 10, where the device has been waited for
+        if not spans:
+            prof.start()
         spans.append(time.perf_counter())
-        if len(spans) == 1:
-            return prof.start()
-        prof.stop()
-        raise Done
+        if len(spans) > 1:
+            prof.stop()
+            raise Done
     free()
     finetune(big(b, size), b.device, "--log-every 5", lambda batches: (x for _ in batches), watch, b.batch)
     prof.export_chrome_trace(str(b.tmp / "trace.json"))
@@ -350,7 +354,7 @@ def profile(b):
     yield {"what": "step", "wall_ms": wall / 5 * 1e3, "kernels_ms": total / 5e3, "idle_share": 1 - busy / 1e6 / wall,
            "launches": len(kernels) / 5}
     yield {"what": "shares", **{g: t / total for g, t in groups.most_common()}}
-    waits = Counter(e["name"] for e in events if "Synchronize" in e.get("name", ""))
+    waits = Counter(e["name"] for e in events if re.search("(Stream|Event)Synchronize|Pageable", e.get("name", "")))
     yield {"what": "waits for the device per step, a log line in five", **{n: c / 5 for n, c in waits.items()}}
     for name, took in times.most_common(10):
         short = re.sub(r"void |at::native::|\(anonymous namespace\)::", "", name)[:150]
@@ -422,7 +426,6 @@ def correct(b):
     for flags, batch in (("--accum-freq 2", 16), ("--compile", 32)):
         found = ft_losses(model, gpu, f"--precision fp32 {flags}", batch)[0]
         yield compare(f"ft tiny {flags}, from without", found, one, 1e-3)
-    set_tf32(True)
     yield from commands(b)
 
 
@@ -441,12 +444,12 @@ def commands(b):
             "nan": "train.loss_fn = lambda *_: (_[0] * float('nan')).sum()", "full": "train.Model.forward = full"}
 
     def start(name):
-        flags = ["--phase", "ft", "--data", data, "--out", b.tmp / name.replace("resumed", "killed"), "--workers", "1"]
+        flags = ["--phase", "ft", "--data", data, "--out", b.tmp / name.replace("resumed", "killed"), "--workers", "0"]
         flags += ["--resume"] if name == "resumed" else [
-            "--init", "none", "--model", TINY, "--pretrained", "none", "--batch-size", "8", "--log-every", "1",
-            "--epochs", "1", "--save-every", "0", "--force-quick-gelu"]
+            "--init", "none", "--model", "timm:test_vit", "--image-size", "32", "--pretrained", "none",
+            "--batch-size", "8", "--log-every", "1", "--epochs", "1", "--save-every", "0"]
         done = subprocess.run([sys.executable, "-c", f"{CHILD}{jobs[name]}\nclean.run(train.main, '')",
-                               *map(str, flags)], capture_output=True, text=True, timeout=120,
+                               *map(str, flags)], capture_output=True, text=True, timeout=60,
                               env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "1",
                                                 "PYTHONWARNINGS": "ignore"})
         return done.returncode, done.stderr.strip().splitlines()
@@ -475,18 +478,17 @@ def frozen(b):
         yield {"what": str(size), **attempt(frozen_row, b, size, batch=2 * b.batch)}
     for size in b.sizes:
         def extract(n):
-            run = make_run(big(b, size), b.device, f"--phase lp --batch-size {2 * b.batch} --workers {b.workers}", n,
-                           out=tempfile.mkdtemp(dir=b.tmp))
+            flags = f"--phase lp --batch-size {b.batch // 2} --workers {b.workers}"
+            run = make_run(big(b, size), b.device, flags, n, out=tempfile.mkdtemp(dir=b.tmp))
             run.images = train.ImageDataset(jpegs(b, n), big(b, size).spec)
             with quiet():
                 train.extract_features(copy.deepcopy(big(b, size)), run)
-        rate = steady(extract, 2 * b.batch, 2 * b.images)
-        yield {"what": f"{size} from JPEGs", "images_per_s": rate, "memory_gib": peak_gib()}
+        yield {"what": f"{size} from JPEGs", "images_per_s": steady(b, extract), "memory_gib": peak_gib()}
 
 
 def predictions(b):
     """predict.py's part after loading, from JPEGs, and of the slower of what feeds it"""
-    args = SimpleNamespace(batch_size=2 * b.batch, workers=b.workers)
+    args = SimpleNamespace(batch_size=b.batch // 2, workers=b.workers)
     for size in b.sizes:
         model = inference_model(b, size)
 
@@ -497,15 +499,15 @@ def predictions(b):
         def ours(n):
             with quiet():
                 return predict.predict(model, jpegs(b, n), [*predict.VIEWS][:2], args)
-        row = {"decode": steady(decode, 2 * b.batch, 2 * b.images), "bare": frozen_row(b, size, 2 * b.batch)}
-        row["bare"] = row["bare"]["images_per_s"] / 2
-        rate = steady(ours, 2 * b.batch, 2 * b.images)
+        row = {"decode": steady(b, decode), "bare": frozen_row(b, size, b.batch // 2)["images_per_s"] / 2}
+        rate = steady(b, ours)
         yield {"what": f"{size}, 2 views", "images_per_s": rate, "of_the_slower": rate / min(row.values()), **row,
                "memory_gib": peak_gib()}
 
 
 def loader(b):
-    size, waited = b.sizes[0], []
+    """60 steps of ft, of which the first two batches of each worker do not count: they are decoded ahead"""
+    size, waited, times = b.sizes[0], [], []
     images = train.ImageDataset(jpegs(b, 64 * b.batch), big(b, size).spec)
 
     def load(batches, make_loader=train.make_loader):
@@ -513,12 +515,13 @@ def loader(b):
         while True:
             start = time.perf_counter()
             x = next(batches)
-            waited.append(time.perf_counter() - start)
+            times.append(time.perf_counter())
+            waited.append(times[-1] - start)
             yield x
-    row = attempt(ft_row, b, size, load=load)
-    later = waited[b.every:]
-    yield {"what": str(size), **row, "first_batch_s": waited[0],
-           "share_waiting": sum(later) * row.get("images_per_s", 0) / (len(later) * b.batch)}
+    row = ft_row(SimpleNamespace(**vars(b) | {"every": 4 * b.every}), size, batch=b.batch, load=load)
+    later = times[-1] - times[2 * b.workers]
+    yield {"what": str(size), **row, "images_per_s": (len(times) - 2 * b.workers - 1) * b.batch / later,
+           "first_batch_s": waited[0], "share_waiting": sum(waited[2 * b.workers + 1:]) / later}
 
 
 def search(b):
@@ -565,14 +568,15 @@ def project(b):
         lp = rates.get(f"frozen {size} from JPEGs")
         for flags, part in ((f"{size}", "ft"), (f"{size} --compile", "ft" if size == b.sizes[0] else "compile")):
             if lp and (rate := rates.get(f"{part} {flags}")):
+                rate = min(rate, lp)  # which the loader may limit
                 yield {"what": flags, "hours": 380_000 * (1 / lp + 3 / rate) / 3600, "lp_min": 380_000 / lp / 60,
                        "ft_epoch_min": 380_000 / rate / 60}
 
 
 PARTS = {  # name: function, seconds it may take; the most wanted first
-    "machine": (machine, 30), "ft": (ft, 180), "profile": (profile, 30), "correct": (correct, 120),
-    "frozen": (frozen, 60), "predict": (predictions, 60), "loader": (loader, 40), "plain": (plain, 90),
-    "search": (search, 90), "compile": (compiled, 150), "project": (project, 5)}
+    "machine": (machine, 30), "ft": (ft, 180), "profile": (profile, 40), "correct": (correct, 120),
+    "frozen": (frozen, 70), "predict": (predictions, 80), "loader": (loader, 40), "compile": (compiled, 130),
+    "project": (project, 5), "search": (search, 90), "plain": (plain, 110)}
 
 
 def add_row(b, part, row):
@@ -602,7 +606,7 @@ def main():
     p.add_argument("--rows", type=int, nargs="+", default=[100_000, 500_000], help="of search; 2000000 take minutes")
     args, begin = p.parse_args(), time.perf_counter()
     b = SimpleNamespace(device=train.pick_device(), tiny=args.tiny, model=args.model, sizes=args.sizes, out=args.out,
-                        batch=args.batch_size, rounds=args.rounds, matmul=8192, images=2000, every=5,
+                        batch=args.batch_size, rounds=args.rounds, matmul=8192, images=500, every=5,
                         rows=args.rows, workers=min(16, os.cpu_count()), results={})
     if b.device.type == "cpu":
         vars(b).update(matmul=1024, every=2)
@@ -611,17 +615,19 @@ def main():
         torch.set_num_threads(1)
         torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")  # in a second
     signal.signal(signal.SIGALRM, out_of_time)
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:
         b.tmp = Path(tmp)
         for part in args.parts:
             job, may_take = PARTS[part]
             start, left = time.perf_counter(), args.minutes * 60 - time.perf_counter() + begin
             b.results[part] = {"rows": []}
+            set_tf32(True)  # a part that was cut off may have left it off
             signal.alarm(max(1, int(min(may_take, left) if args.parts == list(PARTS) and not args.tiny else left)))
             try:
                 for row in job(b):
                     add_row(b, part, row)
             except (Exception, SystemExit):  # the next part runs
+                signal.alarm(0)
                 b.results[part]["error"] = traceback.format_exc().strip().splitlines()[-12:]
                 print("\n".join([f"{part} · failed", *b.results[part]["error"]]), flush=True)
             signal.alarm(0)
