@@ -414,7 +414,7 @@ def test_quick_mlp():
 
 
 def test_operators_of_a_step():
-    """Training and inference reach fused attention, never torch's unfused fast path, and QuickGELU is one operator."""
+    """Training reaches fused attention, forwards and backwards, and QuickGELU is one operator."""
     model, found = build(more=["--force-quick-gelu"]), []
 
     class Record(TorchDispatchMode):

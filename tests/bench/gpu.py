@@ -4,10 +4,11 @@ $ python tests/bench/gpu.py --out gpu.json                  # at most 8 minutes
 $ python tests/bench/gpu.py --out gpu.json --parts ft search --minutes 4
 $ python tests/bench/gpu.py --out cpu.json --parts plain --model ViT-B-32 --sizes 224 --batch-size 32 --rounds 3
 $ python tests/bench/gpu.py --out tiny.json --tiny          # every part at toy size, on a CPU
-Weights and images are random: speed does not depend on what they are. ft is train.finetune() itself, on images that are
-on the device already, without validation and files; `plain` is a loop of the public kind. share_of_peak counts 3 x
-forward, with --grad-checkpointing, too, over the rate of a large bfloat16 product. --out is rewritten after each row,
-so a kill loses little; an error, or a part that takes too long, ends that part alone.
+Needs torch, torchvision, timm, transformers, matplotlib, open_clip_torch, ftfy, wcwidth, polars, safetensors, numpy,
+pillow and tqdm. Weights and images are random: speed does not depend on what they are. ft is train.finetune() itself, on
+images that are on the device already, without validation and files; `plain` is a loop of the public kind. share_of_peak
+counts 3 x forward, with --grad-checkpointing, too, over the rate of a large bfloat16 product. --out is rewritten after
+each row, so a kill loses little; an error, or a part that takes too long, ends that part alone.
 """
 import argparse
 import copy
@@ -286,8 +287,7 @@ def ft(b):
         for size in b.sizes:
             yield {"what": f"{size} {flags}".strip(), **attempt(ft_row, b, size, flags)}
     size = b.sizes[0]
-    gelu = make_model(b.model, size, b.device, "--image-mean", "0.5", "0.5", "0.5")
-    yield {"what": f"{size} GELU", **attempt(ft_row, b, size, model=gelu)}
+    yield {"what": f"{size} GELU", **attempt(ft_row, b, size, model=make_model(b.model, size, b.device))}
     yield from compiled(b, [size])
     brief = SimpleNamespace(**vars(b) | {"every": 2})
     for size in b.sizes:  # the largest batch that fits
