@@ -4,8 +4,8 @@ $ python tests/bench/gpu.py --out gpu.json                  # at most 8 minutes
 $ python tests/bench/gpu.py --out gpu.json --parts ft search --minutes 4
 $ python tests/bench/gpu.py --out cpu.json --parts plain --model ViT-B-32 --sizes 224 --batch-size 32 --rounds 3
 $ python tests/bench/gpu.py --out tiny.json --tiny          # every part at toy size, on a CPU
-Needs torch, torchvision, timm, transformers, matplotlib, open_clip_torch, ftfy, wcwidth, polars, safetensors, numpy,
-pillow and tqdm. Weights and images are random: speed does not depend on what they are. ft is train.finetune() itself, on
+Needs torch, torchvision, timm, transformers, open_clip_torch, ftfy, wcwidth, polars, safetensors, numpy, pillow and
+tqdm. Weights and images are random: speed does not depend on what they are. ft is train.finetune() itself, on
 images that are on the device already, without validation and files; `plain` is a loop of the public kind. share_of_peak
 counts 3 x forward, with --grad-checkpointing, too, over the rate of a large bfloat16 product. --out is rewritten after
 each row, so a kill loses little; an error, or a part that takes too long, ends that part alone.
@@ -59,7 +59,7 @@ CHILD = f"""import os, signal, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import clean, train
 torch.use_deterministic_algorithms(True, warn_only=True)
-log = train.log
+train.report, log = lambda *_: None, train.log  # without matplotlib
 def killed(run, step, **row):
     log(run, step, **row)
     if step == 5: os.kill(os.getpid(), signal.SIGKILL)
@@ -400,7 +400,7 @@ def compare(what, found, wanted, tolerance):
 
 def correct(b):
     cpu, gpu = torch.device("cpu"), b.device
-    for name, size in (("timm:resnet10t", 64), (TINY, 32)):
+    for name, size in (("timm:resnet10t", 32 if b.tiny else 64), (TINY, 32)):
         model = make_model(name, size, gpu, *["--force-quick-gelu"] * (name == TINY))
         wanted, ema = ft_losses(model, cpu, "--precision fp32")
         lp = {head: lp_scores(b, model, cpu, "fp32", head) for head in train.HEADS}
