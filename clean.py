@@ -185,7 +185,7 @@ def atomic(path, mode="wb", sync=True, **kwargs):
                 f.flush()
                 if sync:
                     os.fsync(f.fileno())
-            os.replace(tmp, path)
+                os.replace(tmp, path)  # while it is locked
     finally:
         with suppress(OSError):
             tmp.unlink(missing_ok=True)

@@ -883,6 +883,7 @@ def extract_features(model, run):
     numbers, todo = np.float32 if dtype == torch.float32 else np.float16, []
     if run.rank == 0:
         sweep(folder)
+    reduce_all(0)  # before another process begins to write
     for file in list(shards)[run.rank::run.world]:
         if not is_shard(file, (views, len(shards[file]), model.width), numbers):
             todo.append(file)

@@ -560,6 +560,17 @@ def test_killed_and_resumed_is_the_same(cleaned, tmp_path):
     assert all(os.stat(out / f).st_mtime_ns == t for f, t in made.items())
 
 
+def test_sweep_spares_what_is_being_written(tmp_path, monkeypatch):
+    """A process that sweeps away what killed ones left removes nothing of a living one, up to its rename."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import clean; clean.sweep({str(tmp_path)!r})"
+    sweep = [sys.executable, "-c", code]
+    monkeypatch.setattr(clean.os, "replace", lambda a, b, real=os.replace: subprocess.run(sweep) and real(a, b))
+    (tmp_path / ".a.1.tmp").write_text("killed")
+    with clean.atomic(tmp_path / "a", "w") as f:
+        f.write("whole")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "whole")]
+
+
 def test_kill_between_the_two_renames(cleaned, tmp_path):
     path, out, rename = write_pairs(tmp_path, 12), tmp_path / "data/out", Path.rename
     cleaned(path)
