@@ -77,7 +77,7 @@ def child(args, env, said, stop):
         torch.save = lambda *args: time.sleep(2) or save(*args)
         signal_at("lr_at", 3, signal.SIGTERM).start()
     if "lp" in args and env["RANK"] == "0":  # which is slow, and still sweeps before the other writes
-        train.sweep = lambda folder: time.sleep(1) or any(folder.glob("*.npy")) and sys.exit("swept too late")
+        train.sweep = lambda folder: time.sleep(0.5) or any(folder.glob("*.npy")) and sys.exit("swept too late")
     train.main()
 
 
