@@ -212,7 +212,8 @@ def build_backbone(spec, weights=None):
     clip = open_clip.CLIP(config["embed_dim"], vision, text, quick_gelu=spec["quick_gelu"])
     clip.visual.proj, clip.visual.output_tokens = None, False  # features before the contrastive projection
     for mlp in clip.visual.modules():
-        if type(getattr(mlp, "gelu", None)).__name__ == "QuickGELU" and [*mlp._modules] == ["c_fc", "gelu", "c_proj"]:
+        slow = isinstance(getattr(mlp, "gelu", None), open_clip.transformer.QuickGELU)
+        if slow and [*mlp._modules] == ["c_fc", "gelu", "c_proj"]:  # and nothing between them
             mlp.__class__ = QuickMLP
     for part in ("drop", "proj", "mlp"):  # where open_clip wraps a timm backbone; its head may pool, too
         if hasattr(getattr(clip.visual, "head", None), part):
