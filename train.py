@@ -1382,8 +1382,8 @@ def main():
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
-        advice = "lower it" if lp else "lower it and raise --accum-freq, or add --grad-checkpointing"
-        advice = "start again with --overwrite and a lower one" if args.resume else advice
+        advice = ("start again with --overwrite and a lower one" if args.resume else "lower it" if lp else
+                  "lower it and raise --accum-freq, or add --grad-checkpointing")
         sys.exit(f"--batch-size {args.batch_size}: takes more memory than is there ({reason(e)}); {advice}")
     if world > 1:
         dist.destroy_process_group()

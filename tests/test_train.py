@@ -831,11 +831,10 @@ def test_a_bug_shows_its_line(name, bug, workers, ft, tmp_path, monkeypatch):
 
 def test_a_full_gpu_is_one_line(ft, data, tmp_path, monkeypatch):
     """It names the flag to lower; what only ft has is advised only there. A bug that speaks of memory is a bug."""
-    full, args = mock.Mock(), (ft, [*LP, "--data", data])
-    monkeypatch.setattr(train.Model, "normalise", full)
-    for flags, error, more in ((args[0], torch.OutOfMemoryError("Tried to get 9 GiB.\n"), True),
-                               (args[0], RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED (9 GiB)"), True),
-                               (args[1], torch.OutOfMemoryError("Tried to get 9 GiB.\n"), False)):
+    monkeypatch.setattr(train.Model, "normalise", full := mock.Mock())
+    for flags, error, more in ((ft, torch.OutOfMemoryError("Tried to get 9 GiB.\n"), True),
+                               (ft, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED (9 GiB)"), True),
+                               ([*LP, "--data", data], torch.OutOfMemoryError("Tried to get 9 GiB.\n"), False)):
         full.side_effect = error
         said = run(*flags, "--batch-size", 16, "--out", tmp_path / "full", code=1)
         assert "--batch-size 16: takes" in said and "9 GiB" in said and ("--grad-checkpointing" in said) == more
